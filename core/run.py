@@ -1,0 +1,230 @@
+"""`run`: one model from its weights to a judged report, stage by stage, each stage kept for `resume`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.compress import compress
+from core.evaluation.bench import bench
+from core.evaluation.measure import device, measure, runtime_title
+from core.export import Artifact, export
+from core.figures import Estimated, Figure, Figures, Measured
+from core.hardware import estimate, profile, stored_bytes, target, will_it_be_faster
+from core.kit import InputError, Kit, Recipe
+from core.quantization import layer_sqnr
+from core.report import Report, judge
+
+THREADS = 2
+SECONDS = {"smoke": 6.0, "full": 30.0}
+"""How long the side-by-side timing runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to run: a kit's recipe for a target, on a folder of data or (None) the kit's generated set."""
+
+    kit: Kit
+    recipe: Recipe
+    target: str
+    data: Path | None
+    preset: str
+    out: Path
+    resume: bool = False
+
+    def __call__(self) -> Report:
+        """Compress, export, score, measure, estimate, judge; leaves the artifact and the report in `out`."""
+        box = target(self.target)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._begin()
+        original = self.kit.model()
+        _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
+        small, trace = compress(
+            original, self.recipe, self.kit, data=self.data, preset=self.preset, folder=self.out / "steps", resume=self.resume
+        )
+        artifact = self._artifact({"fp32": original, "int8": small})
+        split = self.kit.report_split(self.data)
+        samples = self.kit.dataset(self.data, split, self.preset)
+        scores = self._scores(artifact, samples)
+        timing = self._timing(artifact, samples)
+        figures = self._figures(artifact, scores, timing, len(samples), split)
+        figures |= estimate(original, self.kit.exports(), box, precision="fp32", rate_hz=self.kit.rate_hz).restage("original")
+        figures |= estimate(small, self.kit.exports(), box, precision="int8", rate_hz=self.kit.rate_hz)
+        figures |= self._power(small)
+        notes = [f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()]
+        notes += [f"{self.target}: {sentence}" for sentence in will_it_be_faster(small, self.kit.exports(), box, "int8")]
+        report = judge(
+            figures, self.kit.gates, trace, kit=self.kit.name, recipe=self.recipe, target=self.target,
+            layers=self._layers(original, small), tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
+            pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
+            notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
+            title=self.kit.title,
+        )  # fmt: skip
+        report.save(self.out)
+        return report
+
+    def _begin(self) -> None:
+        """Refuse to mix two runs in one folder; forget the stages of the last one unless resumed."""
+        wanted = {"kit": self.kit.name, "recipe": self.recipe.to_json(), "target": self.target,
+                  "data": str(self.data.resolve()) if self.data else None, "preset": self.preset}  # fmt: skip
+        path = self.out / "run.json"
+        if self.resume and path.exists():
+            found = json.loads(path.read_text())
+            if different := [k for k in wanted if found.get(k) != wanted[k]]:
+                k = different[0]
+                raise InputError(f"{path}: was begun with another {k}; give the same {k}, or another --out, or leave out --resume")
+        elif not self.resume:
+            for stage in self.out.glob("stage-*.json"):
+                stage.unlink()
+        _write(path, wanted)
+
+    def _stage(self, name: str, make: Callable[[], Any]) -> Any:
+        """The stored result of a stage when resuming, or a new one, stored."""
+        path = self.out / f"stage-{name}.json"
+        if self.resume and path.exists():
+            return json.loads(path.read_text())
+        value = make()
+        _write(path, value)
+        return value
+
+    def _artifact(self, models: Mapping[str, nn.Module]) -> Artifact:
+        place = self.out / "artifact"
+
+        def make() -> dict[str, Any]:
+            _say("exporting and checking against torch")
+            made = export(models, self.kit.exports(), self.target, place, kit=self.kit.name)
+            _say("choosing on validation data")
+            # the threshold must serve every variant: it is frozen on the smallest, least exact one
+            meta = self.kit.freeze(made.as_module(_int8(made), THREADS), self.data, self.preset)
+            made.describe(meta)
+            return {"sha256": made.sha256}
+
+        stored = self._stage("export", make)
+        artifact = Artifact.open(place)
+        if artifact.sha256 != stored["sha256"]:
+            raise InputError(f"{place}: not the artifact of this run; run again without --resume")
+        return artifact
+
+    def _scores(self, artifact: Artifact, samples: Sequence[Any]) -> dict[str, dict[str, tuple[float, str]]]:
+        """{variant: metrics}, each scored in its own runtime."""
+
+        def make() -> dict[str, Any]:
+            found = {}
+            for name in artifact.variants:
+                _say(f"scoring {name} on {len(samples)} samples")
+                found[name] = self.kit.score(artifact.as_module(name, THREADS), samples, artifact.meta)
+            return found
+
+        stored: dict[str, dict[str, tuple[float, str]]] = self._stage("scores", make)
+        return stored
+
+    def _timing(self, artifact: Artifact, samples: Sequence[Any]) -> dict[str, Any]:
+        """Times end to end, all variants and baselines in turns, and each variant's own figures."""
+
+        def make() -> dict[str, Any]:
+            _say("timing all variants side by side")
+            few = list(islice(samples, 32))
+            runs = {name: self.kit.pipeline(artifact.as_module(name, THREADS), few) for name in artifact.variants}
+            baselines = self.kit.baselines(few, THREADS)
+            result = bench(runs | baselines, seconds=SECONDS[self.preset], threads=THREADS, label="timing")
+            best = min(artifact.variants, key=lambda name: result.timings[name].p50)
+            own = {name: [f.to_json() for f in measure(artifact, threads=THREADS, seconds=2.0, variant=name)] for name in artifact.variants}
+            return {**result.to_json(), "baselines": list(baselines), "recommended": best, "own": own}
+
+        stored: dict[str, Any] = self._stage("timing", make)
+        artifact.choose(stored["recommended"])
+        return stored
+
+    def _figures(
+        self, artifact: Artifact, scores: dict[str, dict[str, tuple[float, str]]], timing: dict[str, Any], samples: int, split: str
+    ) -> Figures:
+        """Everything measured: original is the FP32 export, compressed the INT8 one, each in its faster runtime."""
+        times = {t["name"]: t for t in timing["timings"]}
+        figures = Figures()
+        chosen = {}
+        for stage, precision in (("original", "fp32"), ("compressed", "int8")):
+            names = [v.name for v in artifact.variants.values() if v.precision == precision]
+            name = chosen[precision] = min(names, key=lambda n: times[n]["p50"])
+            figures |= Figures(Figure.from_json(f) for f in timing["own"][name]).restage(stage)  # type: ignore[arg-type]
+            basis = Measured(device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}")
+            figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())  # type: ignore[arg-type]
+        before, after = (scores[chosen[p]][self.kit.headline][0] for p in ("fp32", "int8"))
+        both = f"{runtime_title(artifact, chosen['fp32'])} minus {runtime_title(artifact, chosen['int8'])}"
+        basis = Measured(device(), both, samples, None, artifact.sha256, note=f"{self.kit.headline}, split {split}")
+        figures |= Figures([Figure("accuracy_loss", before - after, "points", basis)])
+        best = timing["recommended"]
+        best_title = f"{runtime_title(artifact, best, THREADS)}, end to end"
+        ends = Measured(device(), best_title, times[best]["runs"], None, artifact.sha256, note="recommended for this host")
+        figures |= Figures([Figure("fps", 1e3 / times[best]["p50"], "1/s", ends), Figure("end_to_end_p99", times[best]["p99"], "ms", ends)])
+        for name in timing["baselines"]:
+            ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
+            spread = (ratio["high"] - ratio["low"]) / 2
+            basis = Measured(device(), f"{best_title}, in turns with {name}", times[best]["runs"], spread, artifact.sha256)
+            figures |= Figures([Figure(f"speedup_{name.split('-')[0]}", ratio["value"], "x", basis)])
+        return figures
+
+    def _power(self, small: nn.Module) -> Figures:
+        """The power estimate for the device of a power gate, where that is not the target."""
+        found = Figures()
+        for gate in self.kit.gates:
+            if gate.figure == "power" and gate.device:
+                for f in estimate(small, self.kit.exports(), target(gate.device), precision="int8", rate_hz=self.kit.rate_hz):
+                    if f.name == "power" and isinstance(f.basis, Estimated):
+                        assumed = (f"device {gate.device} at {self.kit.rate_hz:g} inferences a second", *f.basis.assumptions)
+                        found |= Figures([Figure("power", f.value, f.unit, Estimated(f.basis.method, assumed, f.basis.error_band))])
+        return found
+
+    def _layers(self, original: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
+        graphs = self.kit.exports()
+        samples = list(islice(self.kit.dataset(self.data, "val", self.preset), 4))
+        inputs = [self.kit.inputs(b) for b in self.kit.batches(samples, 2, train=False)]
+        errors = layer_sqnr(original, small, inputs) if len(graphs) == 1 else {}
+        rows = []
+        for graph in graphs:
+            for layer in profile(graph.module(small), tuple(graph.inputs.values())):
+                if layer.macs or layer.parameters:
+                    rows.append({"layer": layer.name, "kind": layer.kind, "parameters": layer.parameters,
+                                 "bytes": layer.parameters, "macs": layer.macs, "sqnr_db": errors.get(layer.name)})  # fmt: skip
+        return rows
+
+
+def _int8(artifact: Artifact) -> str:
+    return next(v.name for v in artifact.variants.values() if v.precision == "int8")
+
+
+def _variants_table(artifact: Artifact, scores: Mapping[str, Any], timing: Mapping[str, Any], headline: str) -> dict[str, Any]:
+    times = {t["name"]: t for t in timing["timings"]}
+    rows = []
+    for name, v in artifact.variants.items():
+        mark = " (recommended here)" if name == timing["recommended"] else ""
+        rows.append([name + mark, round(times[name]["p50"], 2), round(times[name]["p99"], 2), round(artifact.size_bytes(name) / 1e6, 2),
+                     round(scores[name][headline][0], 2), ", ".join(f"{n} {p}" for p, n in v.audit["weighted"].items())])  # fmt: skip
+    for name in timing["baselines"]:
+        rows.append([name, round(times[name]["p50"], 2), round(times[name]["p99"], 2), "", "", ""])
+    return {
+        "title": "Side by side on this machine",
+        "columns": ["variant", "end to end p50 [ms]", "p99 [ms]", "size [MB]", headline, "layers with weights ran as"],
+        "rows": rows,
+        "note": f"{device()}, {THREADS} threads, in turns: {timing['rounds']} rounds in one run",
+    }
+
+
+def _write(path: Path, value: Any) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(value))
+    os.replace(fresh, path)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style="dim", highlight=False)
+
+

@@ -1,0 +1,254 @@
+"""The one loop: train, fine-tune, quantization-aware training and distillation, on Hugging Face accelerate."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from core.kit import InputError
+from core.progress import progress
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    `warmup` is the share of all steps with a rising learning rate, `floor` the share of `lr` at the end
+    of the cosine, `ema` the decay of the weight average (0: off), `clip` the gradient norm (0: off).
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    floor: float = 0.02
+    ema: float = 0.0
+    clip: float = 0.0
+    optimizer: str = "adamw"
+    seed: int = 0
+    evaluate_every: int = 1
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate at a step: linear warm-up, then a cosine to `floor`."""
+        ramp = max(1, round(self.warmup * total))
+        if step < ramp:
+            return self.lr * (step + 1) / ramp
+        share = (step - ramp) / max(1, total - ramp)
+        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The trained model (the average, and the best epoch, where those were asked for) and its history."""
+
+    model: nn.Module
+    history: list[dict[str, float]]
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[nn.Module, Any], Tensor],
+    schedule: Schedule,
+    *,
+    steps_per_epoch: int,
+    folder: Path | None = None,
+    resume: bool = False,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    label: str = "train",
+) -> Fit:
+    """Train a model in place and return it, with the weights of the best epoch if `evaluate` is given.
+
+    `batches(epoch)` yields that epoch's batches, the same for the same epoch. `evaluate` is a score
+    where more is better. With `folder`, every epoch leaves `last.safetensors` there, the state of
+    everything in one file, and `resume` goes on from it. Raises FloatingPointError when the loss is no
+    longer finite.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    optimizer = _optimizer(model, schedule)
+    net, optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(net)
+    average = copy.deepcopy(bare) if schedule.ema else None
+    best: dict[str, Tensor] = {}
+    best_score, history, first = -math.inf, [], 0
+    total = schedule.epochs * steps_per_epoch
+    last = folder / "last.safetensors" if folder is not None else None
+    if resume and last is not None and last.exists():
+        state = _Checkpoint.read(last)
+        if state.meta["schedule"] != asdict(schedule):
+            raise InputError(f"{last}: was written with another schedule; delete it or train without --resume")
+        bare.load_state_dict(state.part("model"))
+        if average is not None:
+            average.load_state_dict(state.part("average"))
+        best, best_score = state.part("best"), state.meta["best_score"]
+        _load_optimizer(optimizer, state.part("optimizer"))
+        history, first = state.meta["history"], state.meta["epoch"] + 1
+    with progress(label, total, done=first * steps_per_epoch, quiet=not accelerator.is_main_process) as bar:
+        for epoch in range(first, schedule.epochs):
+            torch.manual_seed(schedule.seed * 100_003 + epoch)
+            bare.train()
+            started, losses = time.perf_counter(), []
+            for index, batch in enumerate(_mine(batches(epoch), accelerator)):
+                step = epoch * steps_per_epoch + index
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate(step, total)
+                value = loss(net, batch)
+                if not math.isfinite(value.item()):
+                    raise FloatingPointError(f"{label}: loss is {value.item()} at epoch {epoch}, step {index}; lower lr {schedule.lr}")
+                optimizer.zero_grad()
+                accelerator.backward(value)
+                if schedule.clip:
+                    accelerator.clip_grad_norm_(bare.parameters(), schedule.clip)
+                optimizer.step()
+                if average is not None:
+                    _blend(average, bare, min(schedule.ema, (1 + step) / (10 + step)))
+                losses.append(value.item())
+                bar.advance(f"epoch {epoch + 1}/{schedule.epochs} loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
+            entry = {"epoch": epoch, "loss": sum(losses) / max(1, len(losses)), "seconds": round(time.perf_counter() - started, 1)}
+            candidate = average if average is not None else bare
+            candidate.eval()
+            due = (epoch + 1) % schedule.evaluate_every == 0 or epoch + 1 == schedule.epochs
+            if evaluate is not None and due:
+                entry["score"] = float(evaluate(candidate))
+                if entry["score"] > best_score:
+                    best_score = entry["score"]
+                    best = {k: v.detach().clone() for k, v in candidate.state_dict().items()}
+            history.append(entry)
+            if accelerator.is_main_process:
+                bar.log(f"{label} " + "  ".join(f"{k} {v:.5g}" for k, v in entry.items()))
+                if last is not None:
+                    meta = {"schedule": asdict(schedule), "epoch": epoch, "history": history, "best_score": best_score}
+                    parts = {"model": bare.state_dict(), "best": best, "optimizer": _optimizer_state(optimizer)}
+                    if average is not None:
+                        parts["average"] = average.state_dict()
+                    _Checkpoint.write(last, parts, meta)
+            if on_epoch is not None:
+                on_epoch(epoch, candidate)
+    bare.load_state_dict(best or (average.state_dict() if average is not None else bare.state_dict()))
+    bare.eval()
+    accelerator.free_memory()
+    return Fit(bare, history)
+
+
+def _mine(batches: Iterable[Any], accelerator: Any) -> Iterator[Any]:
+    """This process's share of the batches, on its device."""
+    from accelerate.utils import send_to_device
+
+    share = itertools.islice(batches, accelerator.process_index, None, accelerator.num_processes)
+    return (send_to_device(batch, accelerator.device) for batch in _ahead(share))
+
+
+def _ahead(batches: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+    """The same batches in the same order, the next few made in a thread while the current one trains."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put((kind, value), timeout=0.5)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put("batch", batch)
+                if stop.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001  raised again where the batch is asked for
+            put("error", error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (item := ready.get())[0] == "batch":
+            yield item[1]
+        if item[0] == "error":
+            raise item[1]
+    finally:
+        stop.set()
+
+
+def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Weight decay on matrices and kernels only, not on biases, norms and scales."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=schedule.lr)
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
+    raise InputError(f"optimizer {schedule.optimizer!r} is not known; use 'adamw' or 'sgd'")
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
+    for mean, now in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.dtype.is_floating_point:
+            mean.lerp_(now, 1 - decay)
+        else:
+            mean.copy_(now)
+
+
+def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items() if value is not None}
+
+
+def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    full = optimizer.state_dict()
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": full["param_groups"]})
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Named groups of tensors and JSON in one safetensors file, replaced whole."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}
+
+    @staticmethod
+    def write(path: Path, parts: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{part}/{k}": v.detach().cpu().contiguous().clone() for part, group in parts.items() for k, v in group.items()}
+        fresh = path.with_suffix(".new")
+        save_file(tensors, str(fresh), metadata={"fitkit": json.dumps(meta)})
+        os.replace(fresh, path)
+
+    @staticmethod
+    def read(path: Path) -> _Checkpoint:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads(file.metadata()["fitkit"])
+                return _Checkpoint({k: file.get_tensor(k) for k in file.keys()}, meta)  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own type for a torn file
+            raise InputError(f"{path}: not a whole checkpoint ({error}); delete it to start that training anew") from error

@@ -1,0 +1,168 @@
+"""Defects of bare printed circuit boards, found by comparing a board with its template."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from core.compress import replay
+from core.evaluation.measure import device
+from core.figures import Figure, Figures, Measured
+from core.kit import Graph, InputError, Recipe
+from kits.pcb_inspection import recipes, training
+from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
+from kits.pcb_inspection.acceptance import score as score_predictions
+from kits.pcb_inspection.data.augment import prepare
+from kits.pcb_inspection.data.deeppcb import Pair, has_test_list, split
+from kits.pcb_inspection.data.generate import default_set
+from kits.pcb_inspection.inspection import clean_boards, detect, sheet
+from kits.pcb_inspection.model.inspector import TILE, inspect
+from kits.pcb_inspection.model.network import PairDetector
+from kits.pcb_inspection.predict import add_arguments, predict
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class PcbInspection:
+    """The kit: a pair-input detector, quantized in training."""
+
+    name = "pcb_inspection"
+    title = "PCB inspection: INT8 defect detection against a template"
+    recipes: Mapping[str, Recipe] = recipes.RECIPES
+    default_recipe = recipes.DEFAULT
+    default_target = "x86-edge-box"
+    headline = "map33"
+    rate_hz = 38.0
+    gates = GATES
+
+    def model(self, weights: Path | None = None) -> nn.Module:
+        """The detector in eval mode with the shipped FP32 weights, or those of a safetensors file."""
+        return _load(PairDetector(), weights or WEIGHTS / "fp32.safetensors")
+
+    def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        """FP32 and INT8 as shipped, and the frozen threshold."""
+        card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
+        int8 = replay(PairDetector(), card["int8"])
+        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {"threshold": card["threshold"]}
+
+    def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Pair]:
+        """The pairs of a split of a DeepPCB folder or of the generated set; "smoke" takes at most 40."""
+        pairs = _split(data or default_set(), split)
+        return pairs if preset == "full" else pairs[:40]
+
+    def batches(self, samples: Sequence[Pair], batch_size: int, *, train: bool, seed: int = 0) -> Iterable[dict[str, Any]]:
+        """Varied crops for training, whole pairs otherwise."""
+        ready = prepare(samples)
+        if train:
+            return training.training_batches(ready, batch_size, seed, 0)
+        return training.whole_batches(ready, batch_size)
+
+    def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The planes (N, 4, H, W)."""
+        return (batch["images"],)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The detection loss, a scalar."""
+        return training.loss(model, batch)
+
+    def exports(self) -> tuple[Graph, ...]:
+        """One graph for one tile of 640 x 640."""
+        example = torch.rand(1, 4, TILE, TILE, generator=torch.Generator().manual_seed(0)).round()
+        return (Graph("detector", {"planes": example}, ("classes", "distances")),)
+
+    def report_split(self, data: Path | None) -> str:
+        """"test" where the folder has a test list, else the board groups held out of every choice."""
+        return "test" if data is None or has_test_list(data) else "holdout"
+
+    def freeze(self, module: nn.Module, data: Path | None, preset: str) -> dict[str, Any]:
+        """The threshold, frozen on the validation boards; where a folder has none, the shipped one stays."""
+        try:
+            pairs = self.dataset(data, "val", preset)
+        except InputError:
+            return self.shipped()[1]
+        threshold = freeze_threshold(detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs})
+        return {"threshold": threshold, "frozen_on": f"{len(pairs)} validation boards"}
+
+    def score(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+        """All metrics at the frozen threshold, defects and false rejects of good boards."""
+        return self._metrics(module, samples, meta)[0].figures()
+
+    def _metrics(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        found = detect(module, samples, "inspecting")
+        clean = detect(module, clean_boards(samples), "inspecting good boards")
+        truths = {p.image_id: (p.boxes, p.labels) for p in samples}
+        return score_predictions(found, truths, meta["threshold"], {p.image_id: p.group for p in samples}, clean), found
+
+    def evaluate(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """Metrics, with `predictions/<image id>.txt` and `metrics.json` in `out`."""
+        metrics, found = self._metrics(module, samples, meta)
+        write_predictions(out / "predictions", found)
+        result: dict[str, Any] = metrics.to_json()
+        fresh = out / "metrics.new"
+        fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, out / "metrics.json")
+        return result
+
+    def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
+        """Train from random weights; leaves `fp32.safetensors` in `out`."""
+        ready, held = prepare(self.dataset(data, "train", preset)), prepare(self.dataset(data, "val", preset))
+        trained = training.train_detector(ready, held, training.SCHEDULES[preset], out / "training", resume)
+        save_model(trained.model, str(out / "fp32.safetensors"))
+        meta = self.freeze(trained.model, data, preset)
+        samples = self.dataset(data, self.report_split(data), preset)
+        basis = Measured(device(), f"torch {torch.__version__} FP32", len(samples), note=f"split {self.report_split(data)}")
+        scores = self.score(trained.model, samples, meta)
+        return Figures(Figure(name, value, unit, basis, "original") for name, (value, unit) in scores.items())
+
+    def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace) -> str:
+        """JSON, CSV and overlays for pairs, folders and lists."""
+        return predict(module, inputs, meta, out, options)
+
+    def arguments(self, command: str, parser: argparse.ArgumentParser) -> None:
+        """The options of `predict`."""
+        if command == "predict":
+            add_arguments(parser)
+
+    def pipeline(self, module: nn.Module, samples: Sequence[Pair]) -> Callable[[], Any]:
+        """Registration, network and suppression of the next decoded pair."""
+        decoded = cycle([p.load() for p in samples])
+        return lambda: inspect(module, *next(decoded))
+
+    def baselines(self, samples: Sequence[Pair], threads: int) -> dict[str, Callable[[], Any]]:
+        """YOLOv8n FP32 in OpenVINO, where ultralytics is installed (extra `baseline`)."""
+        from kits.pcb_inspection.baseline import speed_baselines
+
+        return speed_baselines(samples, threads)
+
+    def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Four boards with what was found, missed and called falsely."""
+        return sheet(module, samples, meta["threshold"])
+
+
+@lru_cache(maxsize=8)
+def _split(root: Path, name: str) -> list[Pair]:
+    return split(root, name)
+
+
+def _load(model: nn.Module, path: Path) -> nn.Module:
+    """Weights of a safetensors file, strictly; raises InputError naming the file where they do not fit."""
+    if not path.is_file():
+        raise InputError(f"{path}: no weights here; train them with: fitkit train pcb_inspection --out DIR")
+    try:
+        load_model(model, path, strict=True)
+    except Exception as error:  # safetensors raises its own type for a torn file, torch RuntimeError for other shapes
+        raise InputError(f"{path}: not weights of this network ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+KIT = PcbInspection()

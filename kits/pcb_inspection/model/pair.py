@@ -1,0 +1,149 @@
+"""From a pair of images to the network's input: registration of the template and signed differences.
+
+Shapes: H rows, W columns; images are uint8 grey, copper black (0) on bare board white (255).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Grey = NDArray[np.uint8]
+
+LEVEL = 128
+"""Grey level between copper (below) and bare board."""
+MAX_SHIFT = 16
+"""Largest shift in pixels that the search covers in each direction."""
+_TILE = 160
+_LOCAL = 3
+_KERNEL = np.ones((3, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where the template lies: shift (dx, dy) in pixels, and the share of pixels that differ afterwards.
+
+    `warped` tells that tiles moved apart from one another, as for a slight stretch or turn.
+    """
+
+    dx: int
+    dy: int
+    residual: float
+    warped: bool
+
+
+def binarise(image: Grey) -> Grey:
+    """0 for copper, 255 for bare board; a grey photograph is cut at Otsu's level, a binary one at 128."""
+    middle = np.count_nonzero((image[::8, ::8] > 40) & (image[::8, ::8] < 215))
+    if middle > 0.2 * image[::8, ::8].size:
+        return cv2.threshold(image, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[1].astype(np.uint8)
+    return cv2.threshold(image, LEVEL - 1, 255, cv2.THRESH_BINARY)[1].astype(np.uint8)
+
+
+def register(test: Grey, template: Grey) -> tuple[Grey, Registration]:
+    """The binary template moved onto the binary test image (H, W), and how far it moved.
+
+    Global translation first (a coarse search at a quarter of the size where little agrees, then pixel
+    by pixel), then each tile of about 160 px by up to 3 px of its own, which follows a slight stretch
+    or turn. Pixels that the moved template does not cover are taken from the test image, so that the
+    seam shows no difference.
+    """
+    best, cost = _climb(test, template, (0, 0), MAX_SHIFT)
+    if cost > 0.02 and min(test.shape) >= 8 * MAX_SHIFT:
+        coarse = _climb(test, template, _coarse(test, template), MAX_SHIFT)
+        best, cost = min((best, cost), coarse, key=lambda found: found[1])
+    moved = _shift(test, template, *best)
+    warped = False
+    if cost > 0.004 and min(test.shape) >= 2 * _TILE:
+        warped = _by_tiles(test, template, best, moved)
+    return moved, Registration(*best, _differing(test, moved), warped)
+
+
+def differences(test: Grey, template: Grey) -> tuple[Grey, Grey]:
+    """Copper gained and copper lost against the template, with one pixel of tolerance: 255 where it is so."""
+    gain = cv2.bitwise_and(cv2.bitwise_not(test), cv2.erode(template, _KERNEL))
+    loss = cv2.bitwise_and(test, cv2.bitwise_not(cv2.dilate(template, _KERNEL)))
+    return gain, loss  # type: ignore[return-value]
+
+
+def stack(test: Grey, template: Grey) -> Grey:
+    """The network's input (4, H, W) uint8: test, registered template, copper gained, copper lost."""
+    return np.stack((test, template, *differences(test, template)))
+
+
+def _differing(test: Grey, template: Grey) -> float:
+    return cv2.countNonZero(cv2.bitwise_xor(test, template)) / test.size
+
+
+def _overlap(test: Grey, template: Grey, dx: int, dy: int) -> tuple[Grey, Grey]:
+    """The parts of both images that cover each other when the template moves by (dx, dy)."""
+    height, width = test.shape
+    t = test[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
+    r = template[max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)]
+    return t, r
+
+
+def _climb(test: Grey, template: Grey, start: tuple[int, int], reach: int) -> tuple[tuple[int, int], float]:
+    """Walk from a shift to the neighbouring one with fewer differing pixels until there is none.
+
+    A quarter of the rows is counted, which ranks shifts as well as all of them do.
+    """
+    known: dict[tuple[int, int], float] = {}
+
+    def cost(shift: tuple[int, int]) -> float:
+        if shift not in known:
+            t, r = _overlap(test, template, *shift)
+            known[shift] = _differing(t[::4], r[::4])
+        return known[shift]
+
+    best = start
+    while True:
+        x, y = best
+        steps = [(x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)]
+        if all(cost(best) <= cost(s) for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach):
+            steps = [(x - 1, y - 1), (x + 1, y - 1), (x - 1, y + 1), (x + 1, y + 1)]
+        steps = [s for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach]
+        closest = min(steps, key=cost)
+        if cost(closest) >= cost(best):
+            return best, cost(best)
+        best = closest
+
+
+def _coarse(test: Grey, template: Grey) -> tuple[int, int]:
+    """The best shift on a grid of four pixels."""
+    reach = MAX_SHIFT // 4
+    small = cv2.resize(test, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    middle = cv2.resize(template, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)[reach:-reach, reach:-reach]
+    _, _, (x, y), _ = cv2.minMaxLoc(cv2.matchTemplate(small, np.ascontiguousarray(middle), cv2.TM_SQDIFF))
+    return 4 * (x - reach), 4 * (y - reach)
+
+
+def _shift(test: Grey, template: Grey, dx: int, dy: int) -> Grey:
+    moved = test.copy()
+    height, width = test.shape
+    target = moved[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
+    target[:] = _overlap(test, template, dx, dy)[1]
+    return moved
+
+
+def _by_tiles(test: Grey, template: Grey, shift: tuple[int, int], moved: Grey) -> bool:
+    """Move each tile of `moved` (changed in place) by its own best local shift; True when one moved."""
+    height, width = test.shape
+    rows, columns = height // _TILE, width // _TILE
+    any_moved = False
+    for i in range(rows):
+        for j in range(columns):
+            top, bottom = i * height // rows, (i + 1) * height // rows
+            left, right = j * width // columns, (j + 1) * width // columns
+            tile = test[top:bottom, left:right]
+            (dx, dy), _ = _climb(tile, moved[top:bottom, left:right], (0, 0), _LOCAL)
+            if dx or dy:
+                x, y = left - shift[0] - dx, top - shift[1] - dy  # where this tile comes from in the template
+                t, b = max(0, -y), min(bottom - top, template.shape[0] - y)
+                l, r = max(0, -x), min(right - left, template.shape[1] - x)
+                moved[top + t : top + b, left + l : left + r] = template[y + t : y + b, x + l : x + r]
+                any_moved = True
+    return any_moved

@@ -1,0 +1,302 @@
+"""The contract of every kit: a folder in kits/ is found by itself, and is held to what `core` and the user expect."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.compress import compress
+from core.export import Artifact, export
+from core.figures import Gate
+from core.hardware import estimate, target, targets
+from core.kit import InputError, Kit, Recipe, Step, load
+from core.report import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = sorted(path.parent.name for path in (ROOT / "kits").glob("*/__init__.py"))
+# One of these as a file, or as a folder once it has outgrown one idea.
+PARTS = ("data", "model", "acceptance", "recipes")
+SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class ContractUnknown(Step):
+    """A step that nothing handles."""
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def kit(name: str) -> Kit:
+    return load(name)
+
+
+@pytest.fixture(scope="module")
+def samples(kit: Kit) -> list[Any]:
+    """A tiny split of the generated set."""
+    split = kit.dataset(None, "train", "smoke")
+    return [split[index] for index in range(min(SAMPLES, len(split)))]
+
+
+@pytest.fixture(scope="module")
+def artifact(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp(kit.name) / "artifact"
+    return export({"fp32": kit.model()}, kit.exports(), kit.default_target, out, kit=kit.name)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a batch or an output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            yield from tensors(value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def test_there_are_kits() -> None:
+    assert "pcb_inspection" in NAMES
+
+
+def test_six_files_are_there(name: str) -> None:
+    folder = ROOT / "kits" / name
+    missing = [part for part in PARTS if not (folder / f"{part}.py").exists() and not (folder / part).is_dir()]
+    assert not missing, f"kits/{name}: no {', '.join(missing)}"
+    assert (folder / "README.md").exists(), f"kits/{name}: no README.md"
+
+
+def test_weights_are_safetensors_with_a_card(name: str) -> None:
+    folder = ROOT / "kits" / name / "weights"
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert weights, f"kits/{name}/weights: no safetensors"
+    strange = sorted(p.name for p in folder.iterdir() if p.suffix not in (".safetensors", ".json", ".md"))
+    assert not strange, f"kits/{name}/weights: {strange[0]} is neither safetensors, JSON nor a card"
+    cards = " ".join(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
+    unnamed = [file for file in weights if file not in cards]
+    assert not unnamed, f"kits/{name}/weights: no card names {unnamed[0]}"
+    for word in ("licen", "seed", "data"):
+        assert word in cards.lower(), f"kits/{name}/weights: the card does not speak of {word!r}"
+
+
+def test_names_agree(name: str, kit: Kit) -> None:
+    assert kit.name == name
+    assert kit.title
+    assert kit.default_recipe in kit.recipes
+    assert kit.default_target in targets()
+    for key, recipe in kit.recipes.items():
+        assert recipe.name == key
+        assert recipe.steps, f"{key}: no steps"
+        assert recipe.cost and recipe.expects, f"{key}: says neither what it costs nor what it gives"
+
+
+def test_steps_of_every_recipe_are_registered(kit: Kit) -> None:
+    model = nn.Identity()
+    for recipe in kit.recipes.values():
+        stored = json.loads(json.dumps(recipe.to_json()))
+        assert tuple(Step.from_json(step) for step in stored["steps"]) == recipe.steps
+        # compress refuses the first step without a handler before it runs any: here none but the added one.
+        with pytest.raises(InputError, match="no handler for step ContractUnknown"):
+            compress(model, Recipe(recipe.name, (*recipe.steps, ContractUnknown()), "", ""), kit)
+
+
+def test_model_is_whole_and_the_same_each_time(kit: Kit) -> None:
+    one, two = kit.model(), kit.model()
+    assert not any(module.training for module in one.modules())
+    assert one is not two
+    states = one.state_dict(), two.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), f"{key}: differs from call to call"
+        assert torch.isfinite(value).all() if value.is_floating_point() else True, f"{key}: not finite"
+
+
+def test_splits_are_disjoint_and_repeatable(kit: Kit) -> None:
+    splits = {split: kit.dataset(None, split, "smoke") for split in ("train", "val", "test")}
+    assert all(len(split) > 0 for split in splits.values())
+    for split, samples in splits.items():
+        again = kit.dataset(None, split, "smoke")
+        assert len(again) == len(samples)
+        first, same = (next(iter(kit.batches([s[0]], 1, train=False))) for s in (samples, again))
+        assert all(map(torch.equal, tensors(kit.inputs(first)), tensors(kit.inputs(same)))), split
+    with pytest.raises(InputError, match="nowhere"):
+        kit.dataset(None, "nowhere", "smoke")
+
+
+def test_batches_are_the_same_for_the_same_seed(kit: Kit, samples: list[Any]) -> None:
+    def drawn(seed: int) -> list[Tensor]:
+        return [
+            t for batch in islice(kit.batches(samples, 2, train=True, seed=seed), 2) for t in tensors(kit.inputs(batch))
+        ]
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert all(map(torch.equal, one, same))
+    assert len(one) != len(other) or not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_loss_and_gradient_are_finite(kit: Kit, samples: list[Any]) -> None:
+    model = kit.model().train()
+    loss = kit.loss(model, next(iter(kit.batches(samples, 2, train=True, seed=0))))
+    assert loss.shape == () and torch.isfinite(loss) and loss.requires_grad
+    loss.backward()  # type: ignore[no-untyped-call]
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{key}: no gradient; a weight that the loss does not see"
+            assert torch.isfinite(parameter.grad).all(), f"{key}: gradient not finite"
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_a_few_steps_lower_the_loss(kit: Kit, samples: list[Any]) -> None:
+    """From random weights: a loss that does not fall on the batch it is trained on teaches nothing."""
+    model = kit.model().train()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
+    batch = next(iter(kit.batches(samples, 2, train=False)))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    values = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = kit.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < values[0], values
+
+
+def test_export_agrees_with_torch(kit: Kit, artifact: Artifact, samples: list[Any]) -> None:
+    """On the graphs' own inputs by every runtime, and on a real sample where the network is one graph."""
+    model = kit.model()
+    cases = {graph.name: tuple(graph.inputs.values()) for graph in kit.exports()}
+    if len(cases) == 1:
+        real = kit.inputs(next(iter(kit.batches(samples[:1], 1, train=False))))
+        if [t.shape for t in real] == [t.shape for t in next(iter(cases.values()))]:
+            cases[next(iter(cases))] = real
+    for graph in kit.exports():
+        with torch.no_grad():
+            expected = list(tensors(graph.module(model)(*cases[graph.name])))
+        for variant in artifact.variants:
+            found = list(tensors(artifact.as_module(variant, 1, graph.name)(*cases[graph.name])))
+            assert len(found) == len(expected)
+            for want, got in zip(expected, found, strict=True):
+                peak = max(1.0, want.abs().max().item())
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * peak, msg=lambda m, v=variant: f"{v}: {m}")
+
+
+def test_artifact_scores_like_torch(kit: Kit, artifact: Artifact, samples: list[Any]) -> None:
+    ours = kit.score(kit.model(), samples)
+    shipped = kit.score(artifact.as_module(threads=1), samples)
+    assert ours and ours.keys() == shipped.keys()
+    for metric, (value, unit) in ours.items():
+        assert isinstance(unit, str)
+        same = math.isnan(value) and math.isnan(shipped[metric][0])
+        assert same or shipped[metric][0] == pytest.approx(value, rel=0.01, abs=0.01), metric
+
+
+def test_estimates_are_given_for_the_target(kit: Kit) -> None:
+    figures = estimate(kit.model(), kit.exports(), target(kit.default_target))
+    for wanted in ("size", "macs", "latency_p50", "energy"):
+        figure = figures.find(wanted)
+        assert figure is not None and figure.value > 0, wanted
+
+
+def test_gates_are_sound(kit: Kit) -> None:
+    assert kit.gates
+    assert len({gate.name for gate in kit.gates}) == len(kit.gates), "two gates of one name"
+    for gate in kit.gates:
+        assert isinstance(gate, Gate)
+        assert not gate.device or gate.device in targets(), f"{gate.name}: no target {gate.device!r}"
+
+
+@pytest.mark.slow
+def test_every_recipe_runs(kit: Kit, tmp_path: Path) -> None:
+    """Each recipe on the smoke preset: whole, traced step by step, and restored from checkpoints to the same bytes."""
+    for recipe in kit.recipes.values():
+        small, trace = compress(kit.model(), recipe, kit, preset="smoke", folder=tmp_path / recipe.name)
+        assert [entry.step for entry in trace] == list(recipe.steps)
+        assert any(entry.changed for entry in trace), f"{recipe.name}: no step changed anything"
+        again, _ = compress(kit.model(), recipe, kit, preset="smoke", folder=tmp_path / recipe.name, resume=True)
+        assert small.state_dict().keys() == again.state_dict().keys()
+        for key, value in small.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), f"{recipe.name}: {key} is not restored"
+            assert not value.is_floating_point() or torch.isfinite(value).all(), f"{recipe.name}: {key} is not finite"
+        batch = next(iter(kit.batches([kit.dataset(None, "val", "smoke")[0]], 1, train=False)))
+        assert torch.isfinite(kit.loss(small, batch)), recipe.name
+
+
+def fitkit(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user runs it."""
+    script = "import sys; from core.cli import main; sys.exit(main())"
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `fitkit run` leaves with its defaults and the smoke preset."""
+    out = tmp_path_factory.mktemp(name) / "run"
+    ran = fitkit("run", name, "--preset", "smoke", "--out", out, cwd=out.parent)
+    assert ran.returncode in (0, 1), ran.stderr
+    assert (out / "report.json").exists(), ran.stderr
+    report = Report.load(out)
+    assert ran.returncode == int(report.failed), "exit status and gates disagree"
+    return out
+
+
+@pytest.mark.slow
+def test_run_leaves_report_and_artifact(finished: Path, kit: Kit) -> None:
+    data = json.loads((finished / "report.json").read_text())
+    assert data["kit"] == kit.name
+    assert data["recipe"]["name"] == kit.default_recipe
+    assert data["target"] == kit.default_target
+    assert [entry["step"] for entry in data["trace"]] == data["recipe"]["steps"]
+    assert "<html" in (finished / "report.html").read_text(encoding="utf-8")
+    assert Artifact.open(finished / "artifact").variants
+
+
+@pytest.mark.slow
+def test_every_gate_names_a_figure_that_is_produced(finished: Path, kit: Kit) -> None:
+    data = json.loads((finished / "report.json").read_text())
+    produced = {(figure["name"], figure["stage"]) for figure in data["figures"]}
+    missing = [gate.figure for gate in kit.gates if (gate.figure, gate.stage) not in produced]
+    assert not missing, f"no run produces {', '.join(missing)}; produced: {sorted(produced)}"
+    assert [gate["name"] for gate in data["gates"]] == [gate.name for gate in kit.gates]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["predict", "{kit}", "no/such/input.png"], "no/such/input.png"),
+        (["evaluate", "{kit}", "--data", "no/such/folder"], "no/such/folder"),
+        (["run", "{kit}", "--preset", "smoke", "--data", "no/such/folder"], "no/such/folder"),
+        (["run", "{kit}", "--recipe", "no_such_recipe"], "no_such_recipe"),
+        (["run", "{kit}", "--target", "no_such_target"], "no_such_target"),
+        (["bench", "{kit}", "--artifact", "no/such/artifact"], "no/such/artifact"),
+        (["predict", "{kit}", "broken.png"], "broken.png"),
+    ],
+    ids=lambda value: " ".join(value).replace("{kit} ", "") if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(name: str, tmp_path: Path, arguments: list[str], named: str) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nthen nothing")
+    ran = fitkit(*(argument.replace("{kit}", name) for argument in arguments), cwd=tmp_path)
+    assert ran.returncode == 2, f"exit status {ran.returncode}\n{ran.stderr}"
+    lines = ran.stderr.strip().splitlines()
+    assert len(lines) == 1, ran.stderr
+    assert named in lines[0]
