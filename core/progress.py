@@ -15,9 +15,8 @@ LOG_SECONDS = 30.0
 class Bar:
     """Counts steps; `advance` shows where a piece of work stands, `log` leaves a line."""
 
-    def __init__(self, live: Progress, label: str, total: int, done: int) -> None:
-        self._live, self._label = live, label
-        # a speed estimate over the last minutes, not seconds: steps differ in length
+    def __init__(self, live: Progress, label: str, total: int, done: int, quiet: bool) -> None:
+        self._live, self._label, self._quiet = live, label, quiet
         self._task = live.add_task(label, total=total, completed=done, note="")
         self._shown = time.monotonic()
 
@@ -25,7 +24,7 @@ class Bar:
         """Another `steps` are done; into a log this prints a line every half minute."""
         self._live.update(self._task, advance=steps, note=note)
         now = time.monotonic()
-        if not self._live.console.is_terminal and not self._live.disable and now - self._shown > LOG_SECONDS:
+        if not self._live.console.is_terminal and now - self._shown > LOG_SECONDS:
             self._shown = now
             task = self._live.tasks[0]
             left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
@@ -33,7 +32,7 @@ class Bar:
 
     def log(self, text: str) -> None:
         """A line that stays."""
-        if not self._live.disable:
+        if not self._quiet:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -41,6 +40,8 @@ class Bar:
 def progress(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """A progress bar with the time left for `total` steps, on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    live = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet, speed_estimate_period=300)
+    console = Console(stderr=True)
+    # steps differ in length, so the time left follows the last minutes and not the last seconds
+    live = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal, speed_estimate_period=300)
     with live:
-        yield Bar(live, label, total, done)
+        yield Bar(live, label, total, done, quiet)

@@ -15,7 +15,7 @@ from torch import nn
 from core.compress import compress
 from core.evaluation.bench import bench
 from core.evaluation.measure import device, measure, runtime_title
-from core.export import Artifact, export
+from core.export import Artifact, audit_trace, export
 from core.figures import Estimated, Figure, Figures, Measured
 from core.hardware import estimate, profile, stored_bytes, target, will_it_be_faster
 from core.kit import InputError, Kit, Recipe
@@ -29,7 +29,10 @@ SECONDS = {"smoke": 6.0, "full": 30.0}
 
 @dataclass(frozen=True)
 class Run:
-    """What to run: a kit's recipe for a target, on a folder of data or (None) the kit's generated set."""
+    """What to run: a kit's recipe for a target, on a folder of data or (None) the kit's generated set.
+
+    `weights` are a file or the folder that `fitkit train` left (None: the shipped ones).
+    """
 
     kit: Kit
     recipe: Recipe
@@ -38,13 +41,14 @@ class Run:
     preset: str
     out: Path
     resume: bool = False
+    weights: Path | None = None
 
     def __call__(self) -> Report:
         """Compress, export, score, measure, estimate, judge; leaves the artifact and the report in `out`."""
         box = target(self.target)
         self.out.mkdir(parents=True, exist_ok=True)
         self._begin()
-        original = self.kit.model()
+        original = self.kit.model(self.weights)
         _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
         small, trace = compress(
             original, self.recipe, self.kit, data=self.data, preset=self.preset, folder=self.out / "steps", resume=self.resume
@@ -55,13 +59,12 @@ class Run:
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
         figures = self._figures(artifact, scores, timing, len(samples), split)
-        figures |= estimate(original, self.kit.exports(), box, precision="fp32", rate_hz=self.kit.rate_hz).restage("original")
-        figures |= estimate(small, self.kit.exports(), box, precision="int8", rate_hz=self.kit.rate_hz)
+        figures |= self._estimates(original, "fp32").restage("original") | self._estimates(small, "int8")
         figures |= self._power(small)
         notes = [f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()]
         notes += [f"{self.target}: {sentence}" for sentence in will_it_be_faster(small, self.kit.exports(), box, "int8")]
         report = judge(
-            figures, self.kit.gates, trace, kit=self.kit.name, recipe=self.recipe, target=self.target,
+            figures, self.kit.gates, [*trace, *audit_trace(artifact)], kit=self.kit.name, recipe=self.recipe, target=self.target,
             layers=self._layers(original, small), tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
             notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
@@ -73,7 +76,8 @@ class Run:
     def _begin(self) -> None:
         """Refuse to mix two runs in one folder; forget the stages of the last one unless resumed."""
         wanted = {"kit": self.kit.name, "recipe": self.recipe.to_json(), "target": self.target,
-                  "data": str(self.data.resolve()) if self.data else None, "preset": self.preset}  # fmt: skip
+                  "data": str(self.data.resolve()) if self.data else None, "preset": self.preset,
+                  "weights": str(self.weights.resolve()) if self.weights else None}  # fmt: skip
         path = self.out / "run.json"
         if self.resume and path.exists():
             found = json.loads(path.read_text())
@@ -152,7 +156,8 @@ class Run:
         for stage, precision in (("original", "fp32"), ("compressed", "int8")):
             names = [v.name for v in artifact.variants.values() if v.precision == precision]
             name = chosen[precision] = min(names, key=lambda n: times[n]["p50"])
-            figures |= Figures(Figure.from_json(f) for f in timing["own"][name]).restage(stage)  # type: ignore[arg-type]
+            own = (Figure.from_json(f) for f in timing["own"][name])
+            figures |= Figures(f for f in own if f.name != "fps").restage(stage)  # type: ignore[arg-type]
             basis = Measured(device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}")
             figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())  # type: ignore[arg-type]
         before, after = (scores[chosen[p]][self.kit.headline][0] for p in ("fp32", "int8"))
@@ -161,14 +166,24 @@ class Run:
         figures |= Figures([Figure("accuracy_loss", before - after, "points", basis)])
         best = timing["recommended"]
         best_title = f"{runtime_title(artifact, best, THREADS)}, end to end"
-        ends = Measured(device(), best_title, times[best]["runs"], None, artifact.sha256, note="recommended for this host")
-        figures |= Figures([Figure("fps", 1e3 / times[best]["p50"], "1/s", ends), Figure("end_to_end_p99", times[best]["p99"], "ms", ends)])
+        for stage, name in (("original", chosen["fp32"]), ("compressed", best)):
+            title = f"{runtime_title(artifact, name, THREADS)}, end to end"
+            note = "recommended for this host" if stage == "compressed" else "the faster FP32 export"
+            ends = Measured(device(), title, times[name]["runs"], None, artifact.sha256, note=note)
+            for figure, value, unit in (("fps", 1e3 / times[name]["p50"], "1/s"), ("end_to_end_p50", times[name]["p50"], "ms"),
+                                        ("end_to_end_p99", times[name]["p99"], "ms")):  # fmt: skip
+                figures |= Figures([Figure(figure, value, unit, ends, stage)])  # type: ignore[arg-type]
         for name in timing["baselines"]:
             ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
             spread = (ratio["high"] - ratio["low"]) / 2
             basis = Measured(device(), f"{best_title}, in turns with {name}", times[best]["runs"], spread, artifact.sha256)
             figures |= Figures([Figure(f"speedup_{name.split('-')[0]}", ratio["value"], "x", basis)])
         return figures
+
+    def _estimates(self, model: nn.Module, precision: str) -> Figures:
+        """Estimates for the target; its speed is that of the network alone, so no "fps", which is end to end here."""
+        found = estimate(model, self.kit.exports(), target(self.target), precision=precision, rate_hz=self.kit.rate_hz)
+        return Figures(f for f in found if f.name != "fps")
 
     def _power(self, small: nn.Module) -> Figures:
         """The power estimate for the device of a power gate, where that is not the target."""

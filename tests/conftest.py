@@ -1,9 +1,10 @@
-"""What every test shares: a fixed seed, and the published boards where somebody has them."""
+"""What every test shares: a fixed seed, a cache of its own, and the published boards where somebody has them."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,14 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Generated sets and exports of this session, made anew by the code under test and kept out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

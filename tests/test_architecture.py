@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower floors know nothing of higher ones. Units of one floor may import each other, but never in a circle.
 FLOORS = (
-    {"figures", "hardware", "kit", "progress"},
+    {"figures", "hardware", "kit", "cache", "progress"},
     {"compress", "train"},
     {"quantization", "pruning", "distillation", "nas"},
     {"export", "evaluation", "search"},
     {"report"},
+    {"run", "shipped"},
     {"cli"},
 )
 TECHNIQUES = FLOORS[2]
@@ -30,7 +31,7 @@ FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floo
 
 # Slow to import, or not installed everywhere: imported where they are used.
 RUNTIMES = {
-    "ethosu", "executorch", "litert_torch", "matplotlib", "nncf", "onnxruntime", "openvino", "ray", "rich",
+    "ethosu", "executorch", "litert_torch", "matplotlib", "nncf", "onnxruntime", "openvino", "ray",
     "tflite_micro", "torch_pruning", "ultralytics",
 }  # fmt: skip
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.cli import main
 from core.compress import compress
 from core.export import Artifact, export
 from core.figures import Gate
@@ -55,8 +55,10 @@ def samples(kit: Kit) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def artifact(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """What the kit ships, exported for every runtime."""
+    models, meta = kit.shipped()
     out = tmp_path_factory.mktemp(kit.name) / "artifact"
-    return export({"fp32": kit.model()}, kit.exports(), kit.default_target, out, kit=kit.name)
+    return export(models, kit.exports(), kit.default_target, out, kit=kit.name, meta=meta)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -180,29 +182,39 @@ def test_a_few_steps_lower_the_loss(kit: Kit, samples: list[Any]) -> None:
     assert values[-1] < values[0], values
 
 
+def test_shipped_models_are_those_of_the_kit(kit: Kit) -> None:
+    models, meta = kit.shipped()
+    assert set(models) == {"fp32", "int8"}
+    assert json.loads(json.dumps(meta)) == meta
+    for key, value in kit.model().state_dict().items():
+        assert torch.equal(value, models["fp32"].state_dict()[key]), key
+
+
 def test_export_agrees_with_torch(kit: Kit, artifact: Artifact, samples: list[Any]) -> None:
-    """On the graphs' own inputs by every runtime, and on a real sample where the network is one graph."""
-    model = kit.model()
+    """On the graphs' own inputs by every runtime, or on a real sample where the network is one graph of its size."""
+    models, _ = kit.shipped()
     cases = {graph.name: tuple(graph.inputs.values()) for graph in kit.exports()}
-    if len(cases) == 1:
-        real = kit.inputs(next(iter(kit.batches(samples[:1], 1, train=False))))
-        if [t.shape for t in real] == [t.shape for t in next(iter(cases.values()))]:
-            cases[next(iter(cases))] = real
+    real = kit.inputs(next(iter(kit.batches(samples[:1], 1, train=False))))
+    if len(cases) == 1 and [t.shape for t in real] == [t.shape for t in next(iter(cases.values()))]:
+        cases[next(iter(cases))] = real
     for graph in kit.exports():
-        with torch.no_grad():
-            expected = list(tensors(graph.module(model)(*cases[graph.name])))
-        for variant in artifact.variants:
-            found = list(tensors(artifact.as_module(variant, 1, graph.name)(*cases[graph.name])))
+        for variant in artifact.variants.values():
+            with torch.no_grad():
+                expected = list(tensors(graph.module(models[variant.precision])(*cases[graph.name])))
+            found = list(tensors(artifact.as_module(variant.name, 1, graph.name)(*cases[graph.name])))
             assert len(found) == len(expected)
-            for want, got in zip(expected, found, strict=True):
-                peak = max(1.0, want.abs().max().item())
-                torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * peak, msg=lambda m, v=variant: f"{v}: {m}")
+            for output, want, got in zip(graph.outputs, expected, found, strict=True):
+                assert got.shape == want.shape
+                noise = (got - want).norm() / want.norm()
+                limit = 1e-3 if variant.precision == "fp32" else 10 ** (-25 / 20)  # 25 dB
+                assert noise < limit, f"{variant.name}, {output}: relative error {noise:.2g}"
 
 
 def test_artifact_scores_like_torch(kit: Kit, artifact: Artifact, samples: list[Any]) -> None:
-    ours = kit.score(kit.model(), samples)
-    shipped = kit.score(artifact.as_module(threads=1), samples)
-    assert ours and ours.keys() == shipped.keys()
+    precise = next(v.name for v in artifact.variants.values() if v.precision == "fp32")
+    ours = kit.score(kit.model(), samples[:2], artifact.meta)
+    shipped = kit.score(artifact.as_module(precise, 1), samples[:2], artifact.meta)
+    assert kit.headline in ours and ours.keys() == shipped.keys()
     for metric, (value, unit) in ours.items():
         assert isinstance(unit, str)
         same = math.isnan(value) and math.isnan(shipped[metric][0])
@@ -240,23 +252,15 @@ def test_every_recipe_runs(kit: Kit, tmp_path: Path) -> None:
         assert torch.isfinite(kit.loss(small, batch)), recipe.name
 
 
-def fitkit(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as a user runs it."""
-    script = "import sys; from core.cli import main; sys.exit(main())"
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def finished(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `fitkit run` leaves with its defaults and the smoke preset."""
+    """The folder that `fitkit run` leaves with its defaults and the smoke preset, in a process of its own."""
     out = tmp_path_factory.mktemp(name) / "run"
-    ran = fitkit("run", name, "--preset", "smoke", "--out", out, cwd=out.parent)
-    assert ran.returncode in (0, 1), ran.stderr
+    script = "import sys; from core.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "run", name, "--preset", "smoke", "--out", str(out)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (out / "report.json").exists(), ran.stderr
-    report = Report.load(out)
-    assert ran.returncode == int(report.failed), "exit status and gates disagree"
+    assert ran.returncode == int(Report.load(out).failed), f"exit status and gates disagree\n{ran.stderr}"
     return out
 
 
@@ -280,23 +284,68 @@ def test_every_gate_names_a_figure_that_is_produced(finished: Path, kit: Kit) ->
     assert [gate["name"] for gate in data["gates"]] == [gate.name for gate in kit.gates]
 
 
+def inputs_of(sample: Any) -> list[str]:
+    """The INPUTs of `fitkit predict` for a sample: the files that it names, in the order of its fields."""
+    files = [str(value) for value in vars(sample).values() if isinstance(value, Path)]
+    assert files, f"{type(sample).__name__} names no file that predict could be given"
+    return files
+
+
+def test_predict_writes_its_files(
+    name: str, kit: Kit, artifact: Artifact, samples: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ["predict", name, *inputs_of(samples[0]), "--artifact", str(artifact.folder), "--out", str(out)]
+    assert main(given) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert str(out) in said, "the summary does not say where the results are"
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} >= {".json", ".png"}, written
+    for path in written:
+        assert path.stat().st_size > 0, path
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_evaluate_writes_predictions_and_metrics(
+    kit: Kit, artifact: Artifact, samples: list[Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    metrics = kit.evaluate(artifact.as_module(threads=1), samples[:2], artifact.meta, out)
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert len(list((out / "predictions").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    "arguments",
     [
-        (["predict", "{kit}", "no/such/input.png"], "no/such/input.png"),
-        (["evaluate", "{kit}", "--data", "no/such/folder"], "no/such/folder"),
-        (["run", "{kit}", "--preset", "smoke", "--data", "no/such/folder"], "no/such/folder"),
-        (["run", "{kit}", "--recipe", "no_such_recipe"], "no_such_recipe"),
-        (["run", "{kit}", "--target", "no_such_target"], "no_such_target"),
-        (["bench", "{kit}", "--artifact", "no/such/artifact"], "no/such/artifact"),
-        (["predict", "{kit}", "broken.png"], "broken.png"),
+        "predict KIT no/such/input --artifact ARTIFACT",
+        "predict KIT broken.png broken.png --artifact ARTIFACT",
+        "predict KIT empty --artifact ARTIFACT",
+        "predict KIT --artifact ARTIFACT",
+        "evaluate KIT --data no/such/data --artifact ARTIFACT",
+        "evaluate KIT --data empty --artifact ARTIFACT",
+        "run KIT --data no/such/data",
+        "run KIT --data empty --preset smoke --out out",
+        "run KIT --recipe no_such_recipe",
+        "run KIT --target no_such_target --out out",
+        "run KIT --preset no_such_preset",
+        "bench KIT --artifact no/such/artifact",
+        "bench KIT --threads 0 --artifact ARTIFACT",
     ],
-    ids=lambda value: " ".join(value).replace("{kit} ", "") if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused_in_one_line(name: str, tmp_path: Path, arguments: list[str], named: str) -> None:
+def test_bad_input_is_refused_in_one_line(
+    name: str, artifact: Artifact, arguments: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nthen nothing")
-    ran = fitkit(*(argument.replace("{kit}", name) for argument in arguments), cwd=tmp_path)
-    assert ran.returncode == 2, f"exit status {ran.returncode}\n{ran.stderr}"
-    lines = ran.stderr.strip().splitlines()
-    assert len(lines) == 1, ran.stderr
-    assert named in lines[0]
+    (tmp_path / "empty").mkdir()
+    words = {"KIT": name, "ARTIFACT": str(artifact.folder)}
+    given = [words.get(word, word) for word in arguments.split()]
+    assert main(given) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("fitkit: ")]
+    assert errors == lines[-1:], "\n".join(lines)
+    for wrong in ("no/such", "broken.png", "empty", "no_such"):
+        assert wrong not in arguments or wrong in errors[0], f"does not name {wrong}: {errors[0]}"

@@ -151,7 +151,7 @@ def match_classes(
     """Match every image of `truths` within classes; all detections take part (COCO stops at 100 an image).
 
     An image without predictions counts as one without detections. Raises InputError for arrays of the wrong
-    shape, values that are not finite, labels outside 0..classes-1, or predictions for an unknown image.
+    shape, values that are not finite, boxes turned around, labels outside 0..classes-1, or an unknown image.
     """
     check(predictions, truths, classes)
     scores, labels, hits = [np.zeros(0)], [np.zeros(0, np.intp)], [np.zeros((len(thresholds), 0), bool)]
@@ -215,6 +215,10 @@ def _check_rows(what: str, rows: np.ndarray, columns: int) -> None:
         raise InputError(f"{what}: array of shape {rows.shape}, expected (n, {columns})")
     if not np.isfinite(rows).all():
         raise InputError(f"{what}: a value is not a finite number; look at the model's output")
+    boxes = rows.reshape(-1, columns)[:, :4]
+    if (turned := (boxes[:, 2:] < boxes[:, :2]).any(axis=1)).any():
+        box = ", ".join(f"{x:g}" for x in boxes[turned][0])
+        raise InputError(f"{what}: box {box} is turned around, expected x1 <= x2 and y1 <= y2")
 
 
 def _check_labels(what: str, labels: np.ndarray, classes: int) -> None:

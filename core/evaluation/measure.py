@@ -101,6 +101,7 @@ def peak_memory(folder: Path, variant: str | None = None, threads: int = 2) -> f
 
 def _memory(folder: Path, variant: str | None, threads: int) -> dict[str, float]:
     """{"peak", "before"}: MB at most, and MB before the model was loaded."""
+    Artifact.open(folder)  # a damaged one is refused here, in its own words
     command = [sys.executable, "-m", "core.evaluation.memory", str(folder.resolve()), "--threads", str(threads)]
     if variant is not None:
         command += ["--variant", variant]

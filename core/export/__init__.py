@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from core.export import onnx, openvino
 from core.export.artifact import FORMAT, Artifact, Variant, list_files, load_module, replacing, write_manifest
-from core.export.audit import audit, merge
+from core.export.audit import audit_file, merge
 from core.export.layers import Layers
 from core.export.parity import Criterion, ParityError, Reference, check, compare_layers
+from core.export.trace import Export, audit_trace
 from core.figures import today
 from core.hardware.host import processor
 from core.kit import Graph, InputError
 from core.quantization import Quantizer, pack_weights, quant_layers
 
-__all__ = ["Artifact", "ParityError", "Variant", "export"]
+__all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export"]
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -118,7 +119,7 @@ def _export_graph(
         found = load_module(runtime, path, None, as_tuple=True)(*inputs)
         layerwise = compare_layers(reference, model, layers, inputs, runtime, work, criterion)
         parity = check(f"{precision}-{runtime}", graph.name, graph.outputs, reference, found, layerwise, criterion)
-        results[runtime] = audit(runtime, path, layers, graph.name, precision, quantized), parity
+        results[runtime] = audit_file(runtime, path, layers, graph.name, precision, quantized), parity
     shutil.rmtree(work)
     if "onnxruntime" not in runtimes:
         for left in (source, source.with_suffix(".onnx.data")):

@@ -103,6 +103,11 @@ class Artifact:
         self.manifest["chosen"] = self.variant(name).name
         write_manifest(self.folder, self.manifest)
 
+    def describe(self, meta: dict[str, Any]) -> None:
+        """Replace the kit's own JSON, here and in the manifest."""
+        self.manifest["meta"] = dict(meta)
+        write_manifest(self.folder, self.manifest)
+
     def size_bytes(self, variant: str | None = None) -> int:
         """The size of one variant's files, in bytes."""
         listed = self.manifest["files"]

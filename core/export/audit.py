@@ -28,7 +28,7 @@ _WEIGHTED_KERNELS = (
 _OPENVINO_WEIGHTED = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 
 
-def audit(
+def audit_file(
     runtime: str, path: Path, layers: Layers, graph: str, precision: str, quantized: Collection[str] = ()
 ) -> dict[str, Any]:
     """Read the real precision of every operator of one file.

@@ -109,6 +109,11 @@ class _Frame:
 
 
 class _Tracer(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and keeping the compiler away would import it, which takes seconds."""
+        return False
+
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.run = Run([], [], [])

@@ -5,6 +5,7 @@ Source: Williams, Waterman and Patterson, "Roofline: an insightful visual perfor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from core.hardware.memory import Choice, dtype_of, lookup
 from core.hardware.profile import LayerProfile
 from core.hardware.targets import BITS, MemoryLevel, Target
 from core.kit import InputError
+
+LANES = 8
+"""Channels that vector units and matrix tiles take at a time, at the least."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def roofline(
             has = ", ".join(target.dtypes)
             mend = f"choose one of {has}, or another target"
             raise InputError(f"target {target.name}: layer {layer.name} is {dtype}, it computes only in {has}; {mend}")
-        compute = 2 * layer.macs / (target.peak[runs_as].value * target.efficiency.value)
+        compute = 2 * layer.macs / (target.peak[runs_as].value * target.efficiency.value * lanes_filled(layer))
         traffic: tuple[Traffic, ...] = ()
         if not layer.fused:
             moved = (layer.input_elements + layer.output_elements) * BITS[dtype] / 8
@@ -78,6 +82,17 @@ def roofline(
         memory = sum(t.bytes / t.level.bandwidth.value for t in traffic)
         costs.append(LayerCost(layer, dtype, runs_as, compute, memory, traffic))
     return costs
+
+
+def lanes_filled(layer: LayerProfile) -> float:
+    """Share of the arithmetic lanes that a layer fills, taking input channels `LANES` at a time.
+
+    A depthwise convolution sums over one channel and so fills one lane of `LANES`.
+    """
+    if layer.channels is None:
+        return 1.0
+    channels = layer.channels[0] // layer.groups
+    return channels / (math.ceil(channels / LANES) * LANES)
 
 
 def weight_bytes(layer: LayerProfile, precision: Choice, weight_bits: Mapping[str, int] | None) -> float:

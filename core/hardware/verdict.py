@@ -13,13 +13,12 @@ from core.figures import Basis, Estimated, Figure, Figures, Measured
 from core.hardware.energy import ERROR_BAND, Energy, assumptions, energy
 from core.hardware.memory import Choice, MemoryPlan, dtype_of, plan
 from core.hardware.profile import LayerProfile, Matrix, parameters_of, trace
-from core.hardware.roofline import LayerCost, bits_of_weight, roofline
+from core.hardware.roofline import LANES, LayerCost, bits_of_weight, roofline
 from core.hardware.targets import BITS, Target
 from core.kit import Graph, InputError
 
 T = TypeVar("T")
 
-_LANES = 8  # channels that vector units and matrix tiles take at a time, at the least
 _NAMED = 5  # layers named in one sentence
 _SPARSE = 0.3  # share of zeros from which a layer is meant to be sparse
 
@@ -132,11 +131,11 @@ def will_it_be_faster(
             if gain < 1.5:
                 said = f"{dtype} is at most {gain:.2g} times as fast as fp32 on {target.title}"
                 warnings.append(f"{said}: {_list(names)}.")
-    odd = [layer for layer in layers if layer.macs and _misaligned(layer)]
+    odd = [layer for layer in layers if _misaligned(layer)]
     if odd:
         named = _list(_unique(f"{layer.name} ({layer.channels[0]} to {layer.channels[1]})" for layer in odd
                               if layer.channels))  # fmt: skip
-        warnings.append(f"Channels that are no multiple of {_LANES} leave vector lanes idle: {named}.")
+        warnings.append(f"Channels that are no multiple of {LANES} leave vector lanes idle: {named}.")
     if all(target.runs_as(dtype) for dtype in _by_dtype(layers, precision)):
         costs = roofline(layers, target, precision, weight_bits)
         bound = [c for c in costs if c.memory_bound]
@@ -199,6 +198,7 @@ def _latency_basis(costs: Sequence[LayerCost], target: Target) -> Estimated:
             f"peak: {peaks}",
             f"efficiency {target.efficiency.value:g} of the peak ({target.efficiency.source})",
             "element-wise work on one tensor is fused into the layer before it; no start-up cost of operators",
+            f"input channels taken {LANES} at a time, so a depthwise convolution runs at an eighth of that",
             f"memory-bound, {share:.0%} of the time: {names}",
         ),
         target.latency_band.value,
@@ -227,7 +227,11 @@ def _power(spent: Energy, seconds: float, rate: float, target: Target, basis: Es
 
 
 def _misaligned(layer: LayerProfile) -> bool:
-    return layer.channels is not None and any(c // layer.groups % _LANES and c % _LANES for c in layer.channels)
+    """True for odd channels; the few that a sensor gives (grey, colour, two of a pair) cannot be chosen."""
+    if layer.channels is None or layer.macs == 0:
+        return False
+    given, made = layer.channels
+    return made % LANES > 0 or (given % LANES > 0 and given > 4)
 
 
 def _sparsity(model: nn.Module, target: Target) -> list[str]:

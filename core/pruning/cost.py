@@ -92,7 +92,7 @@ def mac_cost(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
                 return
             shaped = args[0] if getattr(module, "transposed", False) else output
             assert isinstance(shaped, Tensor)
-            axis = -1 if isinstance(module, nn.Linear) else -(len(module.kernel_size) + 1)
+            axis = -(len(module.kernel_size) + 1) if isinstance(module, nn.modules.conv._ConvNd) else -1
             uses[name] = uses.get(name, 0) + shaped.numel() // shaped.shape[axis]
 
         return module.register_forward_hook(record)

@@ -89,7 +89,7 @@ class Group:
         return sorted(gone)
 
     def sentence(self, model: nn.Module, keep: int) -> str:
-        """"stem.conv 64->40 with b1.conv2 outputs and b1.conv1, head inputs"."""
+        """ "stem.conv 64->40 with b1.conv2 outputs and b1.conv1, head inputs"."""
         outs = self.makers(model)[1:]
         ins = [m.layer for m in self.members if m.side == "in"]
         parts = [f"{', '.join(names)} {word}" for names, word in ((outs, "outputs"), (ins, "inputs")) if names]
@@ -274,7 +274,9 @@ def _group(trace: _Trace, model: nn.Module, root: nn.Module, free: list[int]) ->
             continue  # broadcast over the channels, such as a spatial attention map
         if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
             continue
-        if count == 0 or any(i >= count for i, _ in pairs):
+        if any(i >= count > 0 for i, _ in pairs):
+            return f"contains an unsupported operation: its channels cannot be followed through to {name}"
+        if count == 0:
             return f"contains an unsupported layer: {name} ({type(layer).__name__})"
         members.append(Member(name, side, tuple(i for i, _ in pairs), tuple(p for _, p in pairs), axis))
         exact = exact and not isinstance(layer, (nn.LayerNorm, nn.GroupNorm))
@@ -311,9 +313,7 @@ def _parts(layer: nn.Module | nn.Parameter) -> int:
     return 1
 
 
-def _blocks(
-    count: int, constraints: list[tuple[str, list[tuple[int, int]], int]]
-) -> tuple[tuple[int, ...], ...] | str:
+def _blocks(count: int, constraints: list[tuple[str, list[tuple[int, int]], int]]) -> tuple[tuple[int, ...], ...] | str:
     """Positions by the parts they fall in, for all constraints at once; or why no equal removal is possible."""
     labels: list[tuple[int, ...]] = [() for _ in range(count)]
     for name, pairs, parts in constraints:

@@ -62,7 +62,7 @@ def taylor(
     with loss_mode(model), torch.enable_grad():
         for batch in batches:
             model.zero_grad(set_to_none=True)
-            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            loss(model, batch).backward()
             for group, total in zip(groups, totals, strict=True):
                 total += _first_order(model, group) ** 2
             count += 1

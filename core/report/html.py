@@ -6,10 +6,11 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from core.compress import TraceEntry
@@ -27,12 +28,8 @@ _MEASURES = (
 
 def render(report: Report) -> str:
     """The whole page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"value": value_text, "facts": basis_facts, "bound": bound_text,
-                            "breakable": breakable}  # fmt: skip
-    template = environment.from_string(files("core.report").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     table = rows(report.figures)
-    return template.render(
+    return _template().render(
         report=report,
         headlines=_headlines(table),
         rows=table,
@@ -43,6 +40,13 @@ def render(report: Report) -> str:
         pictures=[{"title": p.title, "source": _data(p)} for p in report.pictures],
         recipe_json=json.dumps(report.recipe.to_json(), indent=2, ensure_ascii=False),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"value": value_text, "facts": basis_facts, "bound": bound_text, "breakable": breakable}
+    return environment.from_string(files("core.report").joinpath("report.html.jinja").read_text(encoding="utf-8"))
 
 
 def columns(values: Sequence[float | None], titles: Sequence[str]) -> Markup:

@@ -74,7 +74,7 @@ class Row:
 
 
 def rows(figures: Iterable[Figure]) -> list[Row]:
-    """Pair original with compressed, like basis with like; a figure without a partner of its kind takes what is left."""
+    """Pair original with compressed, like basis with like; one without a partner of its kind takes what is left."""
     table = Figures(figures)
     result = []
     for name in dict.fromkeys(f.name for f in table):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import cycle
@@ -15,20 +16,23 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from core.compress import replay
-from core.evaluation.measure import device
-from core.figures import Figure, Figures, Measured
+from core.compress import compress, history, replay
+from core.evaluation.measure import device, runtime_title
+from core.export import export
+from core.figures import Figure, Figures, Measured, Stage
 from core.kit import Graph, InputError, Recipe
-from kits.pcb_inspection import recipes, training
+from kits.pcb_inspection import training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
+from kits.pcb_inspection.card import board_groups, write_card
 from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair, has_test_list, split
-from kits.pcb_inspection.data.generate import default_set
+from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.inspector import TILE, inspect
 from kits.pcb_inspection.model.network import PairDetector
 from kits.pcb_inspection.predict import add_arguments, predict
+from kits.pcb_inspection.recipes import DEFAULT, RECIPES
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,16 +42,19 @@ class PcbInspection:
 
     name = "pcb_inspection"
     title = "PCB inspection: INT8 defect detection against a template"
-    recipes: Mapping[str, Recipe] = recipes.RECIPES
-    default_recipe = recipes.DEFAULT
+    recipes: Mapping[str, Recipe] = RECIPES
+    default_recipe = DEFAULT
     default_target = "x86-edge-box"
     headline = "map33"
     rate_hz = 38.0
     gates = GATES
 
     def model(self, weights: Path | None = None) -> nn.Module:
-        """The detector in eval mode with the shipped FP32 weights, or those of a safetensors file."""
-        return _load(PairDetector(), weights or WEIGHTS / "fp32.safetensors")
+        """The detector in eval mode with the shipped FP32 weights, or those of a file or of a folder that `train` left."""
+        path = weights or WEIGHTS
+        if path.is_dir():
+            path = next((p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()), path / "fp32.safetensors")
+        return _load(PairDetector(), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """FP32 and INT8 as shipped, and the frozen threshold."""
@@ -114,15 +121,36 @@ class PcbInspection:
         return result
 
     def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
-        """Train from random weights; leaves `fp32.safetensors` in `out`."""
-        ready, held = prepare(self.dataset(data, "train", preset)), prepare(self.dataset(data, "val", preset))
-        trained = training.train_detector(ready, held, training.SCHEDULES[preset], out / "training", resume)
-        save_model(trained.model, str(out / "fp32.safetensors"))
-        meta = self.freeze(trained.model, data, preset)
-        samples = self.dataset(data, self.report_split(data), preset)
-        basis = Measured(device(), f"torch {torch.__version__} FP32", len(samples), note=f"split {self.report_split(data)}")
-        scores = self.score(trained.model, samples, meta)
-        return Figures(Figure(name, value, unit, basis, "original") for name, (value, unit) in scores.items())
+        """Train FP32 from random weights, then the default recipe; leaves weights/ with their card and artifact/ in `out`."""
+        sets = {name: self.dataset(data, name, preset) for name in ("train", "val", "holdout")}
+        started = time.perf_counter()
+        schedule = training.SCHEDULES[preset]
+        trained = training.train_detector(prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume)
+        weights = out / "weights"
+        weights.mkdir(parents=True, exist_ok=True)
+        save_model(trained.model, str(weights / "fp32.safetensors"))
+        fp32 = self.model(weights / "fp32.safetensors")
+        int8, _ = compress(fp32, RECIPES[DEFAULT], self, data=data, preset=preset, folder=out / "steps", resume=resume)
+        save_model(int8, str(weights / "int8.safetensors"))
+        artifact = export({"fp32": fp32, "int8": int8}, self.exports(), self.default_target, out / "artifact", kit=self.name)
+        artifact.describe(self.freeze(artifact.as_module("int8-openvino", threads=2), data, preset))
+        scores = {name: self._metrics(artifact.as_module(name, threads=2), sets["holdout"], artifact.meta)[0].to_json()
+                  for name in artifact.variants}  # fmt: skip
+        spent = sum(entry["seconds"] for entry in trained.history) + time.perf_counter() - started
+        about = {
+            "data": "DeepPCB, trainval" if data else "the kit's generated set", "deeppcb": data is not None, "device": device(),
+            "pairs": {name: len(pairs) for name, pairs in sets.items()},
+            "groups": {name: board_groups(pairs) for name, pairs in sets.items()},
+            "parameters": sum(p.numel() for p in fp32.parameters()), "seed": schedule.seed, "seconds": round(spent),
+            "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}",
+        }  # fmt: skip
+        write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
+        figures = Figures()
+        for name, metrics in scores.items():
+            basis = Measured(device(), runtime_title(artifact, name, 2), len(sets["holdout"]), None, artifact.sha256, note="split holdout")
+            stage: Stage = "original" if name.startswith("fp32") else "compressed"
+            figures |= Figures(Figure(k, metrics[k], unit, basis, stage) for k, unit in metrics["units"].items() if metrics[k] is not None)
+        return figures
 
     def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace) -> str:
         """JSON, CSV and overlays for pairs, folders and lists."""

@@ -51,7 +51,7 @@ GATES: tuple[Gate, ...] = (
     Gate("F-score", "official_f", ">= 98.2", "%"),
     Gate("recall of defects of 0.5 mm or more", "recall_half_mm", ">= 99.6", "%"),
     Gate("parameters", "parameters", "<= 2.8e6"),
-    Gate("INT8 loss of mAP@0.33", "map_loss", "<= 0.5", "points"),
+    Gate("INT8 loss of mAP@0.33", "accuracy_loss", "<= 0.5", "points"),
     Gate("speed end to end", "fps", ">= 38", "1/s", device="this-host"),
     Gate("speed against YOLOv8n FP32", "speedup_yolov8n", ">= 3.2", "x", device="this-host"),
     Gate("power", "power", "<= 1.0", "W", device="edge-1w"),
@@ -356,22 +356,27 @@ def _misses(matching: Matching, found: Bools, right: Bools) -> Iterable[dict[str
 
 def _clean_calls(predictions: Predictions, threshold: float) -> Ints:
     """Detections at or above the threshold on each clean board, (boards,)."""
-    nothing = {image: (np.zeros((0, 4)), np.zeros(0, np.intp)) for image in predictions}
-    check(predictions, nothing, len(CLASSES))
+    _check_alone(predictions)
     calls = [(detections_of(predictions, image)[:, 4] >= threshold).sum() for image in predictions]
     return np.array(calls, dtype=np.intp)
+
+
+def _check_alone(predictions: Predictions) -> None:
+    nothing = (np.zeros((0, 4)), np.zeros(0, np.intp))
+    check(predictions, dict.fromkeys(predictions, nothing), len(CLASSES))
 
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
     """Write `<folder>/<image id>.txt`, lines `x1,y1,x2,y2,confidence,type`, most confident first.
 
     Coordinates in pixels to 0.001, confidence exact to float32, type 1 to 6; what is below CONFIDENCE_FLOOR is left
-    out; an image without detections has an empty file. Raises InputError for an image id that is no plain file
-    name, and when the folder holds files of other images, which would be read back with these.
+    out; an image without detections has an empty file. Raises InputError as `check` does, for an image id that is
+    no plain file name, and when the folder holds files of other images, which would be read back with these.
     """
     for image in predictions:
         if not re.fullmatch(r"[\w][\w.\- ]*", image):
             raise InputError(f"image id {image!r} cannot name a file; use letters, digits, dots, dashes or underscores")
+    _check_alone(predictions)
     folder.mkdir(parents=True, exist_ok=True)
     if stale := sorted(p.name for p in folder.glob("*.txt") if p.stem not in predictions):
         raise InputError(f"{folder}: holds {stale[0]} from another run; give an empty folder")

@@ -8,7 +8,7 @@ from core.quantization import QAT, Quantize
 
 _STABLE_ON_AVX2 = True  # 7-bit weights: 8-bit ones saturate where a processor lacks VNNI
 
-PTQ = Quantize(samples=96, calibration="mse", reduce_range=_STABLE_ON_AVX2)
+PTQ = Quantize(samples=96, calibration="mse", reduce_range=_STABLE_ON_AVX2, quantize_outputs=True)
 
 RECIPES = {
     recipe.name: recipe

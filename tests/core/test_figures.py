@@ -76,9 +76,8 @@ def test_a_bad_bound_is_refused_where_it_is_written(bound):
     ],
 )  # fmt: skip
 def test_only_a_measurement_from_the_gates_device_can_pass(basis, device, verdict):
-    assert (
-        Gate("g", "fps", ">= 38", "fps", device).judge(Figures([Figure("fps", 45.0, "1/s", basis)])).verdict == verdict
-    )
+    figures = Figures([Figure("fps", 45.0, "1/s", basis)])
+    assert Gate("g", "fps", ">= 38", "fps", device).judge(figures).verdict == verdict
 
 
 def test_an_unproven_gate_says_what_is_missing():

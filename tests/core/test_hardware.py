@@ -244,6 +244,14 @@ def test_depthwise_convolution_is_memory_bound(tmp_path):
     assert cost.seconds == pytest.approx(4 * (2 * 64 * 32 * 32 + 64) / 1e10)
 
 
+def test_thin_layers_leave_lanes_idle(tmp_path):
+    x, box = torch.randn(1, 16, 8, 8), device(tmp_path)
+    (depthwise,) = roofline(profile(nn.Conv2d(16, 16, 3, padding=1, groups=16), (x,)), box)
+    assert depthwise.compute == pytest.approx(8 * 2 * 64 * 16 * 9 / 5e10)
+    (colour,) = roofline(profile(nn.Conv2d(3, 16, 3, padding=1), (x[:, :3],)), box)
+    assert colour.compute == pytest.approx(8 / 3 * 2 * 64 * 16 * 3 * 9 / 5e10)
+
+
 def test_traffic_goes_to_the_nearest_memory_that_holds_it(tmp_path):
     near = {"name": "SRAM", "technology": "sram", "holds": ["activations"]}
     near |= {"bytes": number(4 * 192, "B"), "bandwidth": number(1e11, "B/s")}
@@ -304,8 +312,9 @@ def test_estimate_names_units_and_bases(tmp_path):
         "energy": "mJ", "efficiency": "TOPS/W", "power": "W",
     }  # fmt: skip
     found = {f.name: f for f in figures}
-    assert all(isinstance(found[n].basis, Measured) and found[n].basis.device == "count" for n in ("parameters", "macs"))
-    others = [f for n, f in found.items() if n not in ("parameters", "macs")]
+    counted = ("parameters", "macs")
+    assert all(isinstance(found[n].basis, Measured) and found[n].basis.device == "count" for n in counted)
+    others = [f for n, f in found.items() if n not in counted]
     assert all(isinstance(f.basis, Estimated) and f.basis.error_band and f.basis.assumptions for f in others)
     assert found["parameters"].value == sum(p.numel() for p in model.parameters()) == 604
     assert found["macs"].value == torch_macs(model, x) / 1e9
@@ -373,13 +382,14 @@ def test_fit_notes_a_fallback_and_fails_without_one(tmp_path):
 
 def test_warnings_name_layers(tmp_path):
     model = nn.Sequential(
-        nn.Conv2d(16, 30, 3, padding=1), nn.Conv2d(30, 30, 3, groups=30), nn.Conv2d(30, 256, 3), nn.Conv2d(256, 256, 3)
+        nn.Conv2d(16, 30, 3, padding=1), nn.Conv2d(30, 30, 1, groups=30), nn.Conv2d(30, 256, 3), nn.Conv2d(256, 256, 3)
     )
     x = torch.randn(1, 16, 16, 16)
     box = device(tmp_path)
     said = will_it_be_faster(model, graph(x), box, "fp16")
     assert said[0] == "No fp16 on round device: 0, 1, 2, 3 would fall back to fp32, no faster."
-    assert said[1] == "Channels that are no multiple of 8 leave vector lanes idle: 0 (16 to 30), 1 (30 to 30), 2 (30 to 256)."
+    odd = "0 (16 to 30), 1 (30 to 30), 2 (30 to 256)"
+    assert said[1] == f"Channels that are no multiple of 8 leave vector lanes idle: {odd}."
     bound = next(s for s in said if s.startswith("Bound by memory"))
     assert bound.endswith("of the time): 1.")
     aligned = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))

@@ -265,7 +265,7 @@ def test_mac_target_is_reached_and_channels_are_rounded(net: str, allocation: st
     original, small, trace = run(net, Prune(0.5, allocation=allocation, round_to=8 if net != "siamese" else 4))  # type: ignore[arg-type]
     inputs = build(net)[1]
     left = macs(small, inputs) / macs(original, inputs)
-    assert abs(left - 0.5) <= (0.03 if net not in ("siamese", "transformer") else 0.08)
+    assert abs(left - 0.5) <= 0.03
     assert small(*inputs).shape == original(*inputs).shape
     assert trace[0].changed[0]["macs"] == [count_macs(original, inputs), count_macs(small, inputs)]
     for name, layer in small.named_modules():
@@ -372,6 +372,45 @@ def test_dead_head_dimensions_of_attention_leave_the_output_unchanged() -> None:
     torch.testing.assert_close(small(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_a_picture_joined_with_features_keeps_its_place() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = conv(3, 16), nn.Conv2d(19, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([x, self.stem(x)], 1))
+
+    (group,), _ = coupled_groups(Skip().eval(), (torch.randn(1, *IMAGE),))
+    assert group.removed([0, 5])["head", "in"] == [3, 8]
+
+
+def test_a_part_of_a_model_is_pruned_where_it_stands(tmp_path: Path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("residual")[0]
+            self.scale = nn.Conv2d(5, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale(self.inner(x))
+
+    class PartKit(Toy):
+        def exports(self) -> tuple[Graph, ...]:
+            (graph,) = super().exports()
+            return (Graph("inner", graph.inputs, graph.outputs, part="inner"),)
+
+    torch.manual_seed(2)
+    model, inputs = Whole().eval(), build("residual")[1]
+    step = Prune(0.4, importance="taylor", allocation="sensitivity", keep=("inner.inner2*",))
+    recipe, kit = Recipe("r", (step,), "", ""), PartKit("residual")
+    small, trace = compress(model, recipe, kit, folder=tmp_path / "run")
+    again, _ = compress(model, recipe, kit, folder=tmp_path / "run", resume=True)
+    assert macs(small.inner, inputs) / macs(model.inner, inputs) == pytest.approx(0.6, abs=0.03)  # type: ignore[arg-type]
+    assert all(c["layer"].startswith("inner") for c in trace[0].changed)
+    assert torch.equal(again(*inputs), small(*inputs)) and small(*inputs).shape == model(*inputs).shape
+
+
 # keep patterns, reasons, errors
 
 
@@ -437,8 +476,8 @@ def test_sensitivity_spares_the_group_the_loss_depends_on() -> None:
     def loss(net: nn.Module, batch: Any) -> Tensor:
         return F.mse_loss(net(batch[0]), batch[1])
 
-    ranks = taylor_free = [magnitude(model, g, 1) for g in groups]
-    for rank, group in zip(taylor_free, groups, strict=True):
+    ranks = [magnitude(model, g, 1) for g in groups]
+    for rank, group in zip(ranks, groups, strict=True):
         if group.name == "2":
             rank[8:] = 0
     curves = sensitivity(model, groups, ranks, 8, loss, batches)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,29 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def exported(plan: Plan, path: Path) -> tuple[nn.Module, Tensor, Any]:
-    model, x = Net().eval(), torch.randn(2, 4, 16, 16)
-    prepare(model, plan, (x,))
-    calibrate(model, [(x,)], plan.calibration)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+Exported = tuple[nn.Module, Tensor, Any, Path]
+INT8 = Plan(reduce_range=True)
+OUTPUTS = Plan(reduce_range=True, quantize_outputs=True)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Plan], Exported]:
+    """Model, input, packed graph and file of a plan; each plan is exported once."""
+
+    @cache
+    def make(plan: Plan) -> Exported:
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp("onnx") / "m.onnx"
+        model, x = Net().eval(), torch.randn(2, 4, 16, 16)
+        prepare(model, plan, (x,))
+        calibrate(model, [(x,)], plan.calibration)
         torch.onnx.export(model, (x,), str(path), dynamo=True, input_names=["x"], external_data=False, verbose=False)
-    graph = onnx.load(str(path))
-    assert pack_weights(graph) == 4
-    onnx.save(graph, str(path))
-    return model, x, graph
+        graph = onnx.load(str(path))
+        assert pack_weights(graph) == 4
+        onnx.save(graph, str(path))
+        return model, x, graph, path
+
+    return make
 
 
 def run_ort(path: Path, x: Tensor, optimized: Path | None = None) -> np.ndarray:
@@ -60,19 +73,19 @@ def run_ort(path: Path, x: Tensor, optimized: Path | None = None) -> np.ndarray:
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(reduce_range=True),
-        Plan(reduce_range=True, quantize_outputs=True),
+        INT8,
+        OUTPUTS,
         Plan(weight_bits=4, activation_bits=0, weight_granularity="group", group_size=4, weight_symmetric=False),
         Plan(activation_bits=6, reduce_range=True, weight_granularity="tensor"),
     ],
     ids=["int8", "outputs", "int4-group", "a6-tensor"],
 )
-def test_onnx_runtime_equals_the_simulation(plan: Plan, tmp_path: Path) -> None:
-    model, x, graph = exported(plan, tmp_path / "m.onnx")
+def test_onnx_runtime_equals_the_simulation(plan: Plan, exported: Callable[[Plan], Exported]) -> None:
+    model, x, graph, path = exported(plan)
     with torch.no_grad():
         expected = model(x)
     step = expected.abs().max().item() / 127
-    assert np.abs(run_ort(tmp_path / "m.onnx", x) - expected.numpy()).max() < step
+    assert np.abs(run_ort(path, x) - expected.numpy()).max() < step
     # The integers in the file are those of the simulation.
     layer = model.b
     q = quantize(layer.weight, layer.weight_quantizer.scale, layer.weight_quantizer.zero_point, plan.weight)
@@ -82,23 +95,25 @@ def test_onnx_runtime_equals_the_simulation(plan: Plan, tmp_path: Path) -> None:
     assert graph.opset_import[0].version >= 17
 
 
-def test_a_tensor_read_twice_is_quantized_once(tmp_path: Path) -> None:
-    _, _, graph = exported(Plan(), tmp_path / "m.onnx")
+def test_a_tensor_read_twice_is_quantized_once(exported: Callable[[Plan], Exported]) -> None:
+    _, _, graph, _ = exported(INT8)
     assert sum(n.op_type == "QuantizeLinear" for n in graph.graph.node) == 3
 
 
-def test_onnx_runtime_fuses_every_convolution_when_outputs_are_quantized(tmp_path: Path) -> None:
-    _, x, _ = exported(Plan(reduce_range=True, quantize_outputs=True), tmp_path / "m.onnx")
-    run_ort(tmp_path / "m.onnx", x, tmp_path / "o.onnx")
+def test_onnx_runtime_fuses_every_convolution_when_outputs_are_quantized(
+    exported: Callable[[Plan], Exported], tmp_path: Path
+) -> None:
+    _, x, _, path = exported(OUTPUTS)
+    run_ort(path, x, tmp_path / "o.onnx")
     kinds = [n.op_type for n in onnx.load(str(tmp_path / "o.onnx")).graph.node]
     assert kinds.count("QLinearConv") == 3 and not {"Conv", "FusedConv"}.intersection(kinds)
 
 
-def test_openvino_runs_convolutions_in_int8_and_agrees(tmp_path: Path) -> None:
+def test_openvino_runs_convolutions_in_int8_and_agrees(exported: Callable[[Plan], Exported]) -> None:
     import openvino as ov
 
-    model, x, _ = exported(Plan(reduce_range=True), tmp_path / "m.onnx")
-    compiled = ov.Core().compile_model(str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    model, x, _, path = exported(INT8)
+    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
     kinds = []
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = op.get_rt_info()

@@ -59,6 +59,11 @@ def split(root: Path | str, name: str) -> list[Pair]:
     return [pair for pair in pairs if pair.group in groups]
 
 
+def has_test_list(root: Path | str) -> bool:
+    """Whether a DeepPCB folder has the published test list beside trainval.txt."""
+    return (_base(Path(root)) / "test.txt").is_file()
+
+
 def split_groups(groups: set[str], where: Path) -> dict[str, set[str]]:
     """{"train" | "val" | "holdout": group names} by the rule of `split`; `where` is the list, for the error."""
     val, holdout = set(VALIDATION_GROUPS), set(HOLDOUT_GROUPS)

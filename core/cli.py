@@ -1,0 +1,243 @@
+"""The command line: list, run, train, evaluate, bench, predict."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.kit import InputError
+
+DONE, GATE_FAILED, WRONG_INPUT = 0, 1, 2
+PRESETS = ("smoke", "full")
+
+
+def parser(kit: Any = None) -> argparse.ArgumentParser:
+    """The parser; with a kit, `predict` has that kit's own options as well."""
+    top = _Parser(prog="fitkit", description="Large models on small devices: compress, export, measure, judge.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands.add_parser("list", help="kits, recipes, targets").add_argument("--json", action="store_true")
+    run = _command(commands, "run", "compress with a recipe, export, score, measure, judge; leaves a report and an artifact")
+    run.add_argument("--recipe", help="name of a recipe (default: the kit's)")
+    run.add_argument("--target", help="name of a target, or a JSON file that describes one (default: the kit's)")
+    run.add_argument("--weights", type=Path, help="start from these weights: the folder that `fitkit train` left, or a file")
+    train = _command(commands, "train", "train the kit's model from random weights")
+    for command in (run, train):
+        command.add_argument("--preset", choices=PRESETS, default="full", help="smoke: a short trial (default: full)")
+        command.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    for command, needed in ((run, False), (train, False)):
+        command.add_argument("--data", type=Path, required=needed, help="folder of data (default: the kit's generated set)")
+    evaluate = _command(commands, "evaluate", "score an artifact on data; leaves predictions/ and metrics.json")
+    evaluate.add_argument("--data", type=Path, required=True, help="folder of data")
+    evaluate.add_argument("--split", help="split to score (default: test where there is one, else the held-out part)")
+    bench = _command(commands, "bench", "time an artifact on this machine: p50, p99, peak memory", out=False)
+    bench.add_argument("--threads", type=int, default=2)
+    bench.add_argument("--seconds", type=float, default=10.0, help="how long to time (default 10)")
+    bench.add_argument("--json", action="store_true")
+    predict = _command(commands, "predict", "run on your own inputs; leaves results and pictures")
+    predict.add_argument("inputs", nargs="+", metavar="INPUT")
+    for command in (evaluate, bench, predict):
+        command.add_argument("--artifact", type=Path, help="folder of an artifact or a run (default: the shipped weights)")
+        command.add_argument("--variant", help="which of the artifact's variants (default: its chosen one)")
+    if kit is not None:
+        kit.arguments("predict", predict)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0 done, 1 a gate failed, 2 the input or the arguments are wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _quiet()
+    try:
+        if not given:
+            parser().print_help()
+            return DONE
+        kit = None
+        if given[0] in ("run", "train", "evaluate", "bench", "predict") and len(given) > 1 and not given[1].startswith("-"):
+            from core.kit import load
+
+            kit = load(given[1])
+        options = parser(kit).parse_args(given)
+        return int(_COMMANDS[options.command](kit, options))
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"{error.filename or 'the disk'}: no space left; free some and go on with --resume")
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return _fail(f"{error.filename}: {error.strerror}; mend the path or its rights")
+        raise
+    except KeyboardInterrupt:
+        return _fail("stopped; what was finished is kept, --resume goes on from there")
+
+
+def _list(kit: Any, options: argparse.Namespace) -> int:
+    from core.hardware import targets
+    from core.kit import load
+
+    folder = importlib.util.find_spec("kits")
+    places = list(folder.submodule_search_locations or []) if folder else []
+    names = [m.name for m in pkgutil.iter_modules(places) if m.ispkg]
+    found = {name: load(name) for name in names}
+    if options.json:
+        listing = {
+            "kits": {n: {"title": k.title, "default_recipe": k.default_recipe, "recipes": [r.to_json() for r in k.recipes.values()]}
+                     for n, k in found.items()},
+            "targets": {n: t.title for n, t in targets().items()},
+        }  # fmt: skip
+        print(json.dumps(listing, indent=1))
+        return DONE
+    from rich.console import Console
+    from rich.table import Table
+
+    recipes = Table("kit", "recipe", "cost", "expects", title="Kits and recipes")
+    for name, k in found.items():
+        for recipe in k.recipes.values():
+            mark = " (default)" if recipe.name == k.default_recipe else ""
+            recipes.add_row(name, recipe.name + mark, recipe.cost, recipe.expects)
+    devices = Table("target", "device", title="Targets")
+    for name, t in targets().items():
+        devices.add_row(name, t.title)
+    console = Console()
+    console.print(recipes)
+    console.print(devices)
+    return DONE
+
+
+def _run(kit: Any, options: argparse.Namespace) -> int:
+    from core.report.terminal import show
+    from core.run import Run
+
+    name = options.recipe or kit.default_recipe
+    if name not in kit.recipes:
+        raise InputError(f"--recipe {name!r}: {kit.name} has {', '.join(kit.recipes)}")
+    target = options.target or kit.default_target
+    out = options.out or Path("runs") / kit.name
+    report = Run(kit, kit.recipes[name], target, _folder(options.data), options.preset, out, options.resume, options.weights)()
+    show(report)
+    print(f"report: {out / 'report.html'}   artifact: {out / 'artifact'}")
+    return GATE_FAILED if report.failed else DONE
+
+
+def _train(kit: Any, options: argparse.Namespace) -> int:
+    out = options.out or Path("runs") / f"{kit.name}-train"
+    out.mkdir(parents=True, exist_ok=True)
+    figures = kit.train(_folder(options.data), options.preset, out, options.resume)
+    for figure in figures:
+        print(f"{figure.name:24} {figure}")
+    print(f"weights: {out}")
+    return DONE
+
+
+def _evaluate(kit: Any, options: argparse.Namespace) -> int:
+    data = _folder(options.data)
+    split = options.split or kit.report_split(data)
+    samples = kit.dataset(data, split)
+    artifact = _artifact(kit, options.artifact)
+    out = options.out or Path("runs") / f"{kit.name}-evaluate"
+    module = artifact.as_module(options.variant, threads=2)
+    metrics = kit.evaluate(module, samples, artifact.meta, out)
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            print(f"{name:24} {value:.5g}")
+    print(f"{artifact.variant(options.variant).name} on {len(samples)} samples of {split!r}; metrics and predictions: {out}")
+    return DONE
+
+
+def _bench(kit: Any, options: argparse.Namespace) -> int:
+    from core.evaluation.bench import bench
+    from core.evaluation.measure import device, peak_memory, runtime_title
+
+    if options.threads < 1:
+        raise InputError(f"--threads {options.threads}: expected at least 1")
+    artifact = _artifact(kit, options.artifact)
+    samples = kit.dataset(None, "test", "smoke")[:16]
+    names = [artifact.variant(options.variant).name] if options.variant else list(artifact.variants)
+    runs = {name: kit.pipeline(artifact.as_module(name, options.threads), samples) for name in names}
+    result = bench(runs, seconds=options.seconds, threads=options.threads)
+    memory = {name: peak_memory(artifact.folder, name, options.threads) for name in names}
+    rows = [
+        {"variant": n, "chosen": n == artifact.chosen, "p50_ms": t.p50, "p99_ms": t.p99, "fps": 1e3 / t.p50, "runs": t.runs,
+         "peak_memory_mb": memory[n], "size_mb": artifact.size_bytes(n) / 1e6, "runtime": runtime_title(artifact, n, options.threads)}
+        for n, t in result.timings.items()
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps({"device": device(), "kit": kit.name, "end_to_end": True, "variants": rows}, indent=1))
+        return DONE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("variant", "p50 ms", "p99 ms", "1/s", "peak MB", "size MB", title=f"{device()}, end to end, in turns")
+    for row in rows:
+        mark = " *" if row["chosen"] else ""
+        table.add_row(f"{row['variant']}{mark}", *(f"{row[k]:.2f}" for k in ("p50_ms", "p99_ms", "fps", "peak_memory_mb", "size_mb")))
+    Console().print(table)
+    return DONE
+
+
+def _predict(kit: Any, options: argparse.Namespace) -> int:
+    artifact = _artifact(kit, options.artifact)
+    out = options.out or Path("runs") / f"{kit.name}-predict"
+    print(kit.predict(artifact.as_module(options.variant, threads=2), options.inputs, artifact.meta, out, options))
+    return DONE
+
+
+def _artifact(kit: Any, folder: Path | None) -> Any:
+    """The artifact of a folder (of a run, or itself), or the shipped weights, exported on first use."""
+    from core.export import Artifact
+
+    if folder is not None:
+        return Artifact.open(folder / "artifact" if (folder / "artifact").is_dir() else folder)
+    from core.shipped import shipped_artifact
+
+    return shipped_artifact(kit)
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise InputError(f"--data {path}: no such folder; give the folder of the data, or leave --data out")
+    return path
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _command(commands: Any, name: str, text: str, out: bool = True) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.add_argument("kit", help="name of a kit, or its import path")
+    if out:
+        command.add_argument("--out", type=Path, help="folder for what it leaves (default: below runs/)")
+    return command
+
+
+def _quiet() -> None:
+    """Keep the chatter of libraries that fitkit stands on out of the user's sight."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("ONEDNN_VERBOSE", "0")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def _fail(text: str) -> int:
+    print(f"fitkit: {' '.join(text.split())}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+_COMMANDS = {"list": _list, "run": _run, "train": _train, "evaluate": _evaluate, "bench": _bench, "predict": _predict}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The artifact of a kit's shipped weights, exported once for this machine and kept in the cache."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from rich.console import Console
+
+from core.cache import cache_folder
+from core.evaluation.bench import bench
+from core.export import Artifact, export
+from core.kit import InputError, Kit
+
+THREADS = 2
+SECONDS = 4.0
+
+
+def shipped_artifact(kit: Kit) -> Artifact:
+    """Export a kit's shipped models on first use, choose the fastest variant here, and open the artifact."""
+    weights = sorted((Path(inspect.getfile(type(kit))).parent / "weights").glob("*"))
+    place = cache_folder(f"{kit.name}-artifact", [p for p in weights if p.suffix in (".safetensors", ".json")])
+    if place.exists():
+        try:
+            return Artifact.open(place)
+        except InputError as error:
+            Console(stderr=True).print(f"{error}; exporting anew", style="dim", highlight=False)
+    console = Console(stderr=True)
+    console.print("first use: exporting the shipped weights for this machine (about half a minute)", style="dim", highlight=False)
+    models, meta = kit.shipped()
+    artifact = export(models, kit.exports(), kit.default_target, place, kit=kit.name, meta=meta)
+    few = list(kit.dataset(None, "test", "smoke")[:8])
+    runs = {name: kit.pipeline(artifact.as_module(name, THREADS), few) for name in artifact.variants}
+    timings = bench(runs, seconds=SECONDS, threads=THREADS, label="choosing the fastest variant").timings
+    artifact.choose(min(timings, key=lambda name: timings[name].p50))
+    return artifact

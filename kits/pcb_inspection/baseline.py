@@ -1,0 +1,143 @@
+"""Ultralytics YOLO as baseline and teacher, through its own API; the shipped path never imports this file's tools.
+
+Ultralytics is AGPL-3.0: installing it (extra `baseline`) is the user's choice, see LICENSE and README.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.cache import cache_folder
+from core.kit import InputError
+from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
+from kits.pcb_inspection.model.decode import FLOOR, MOST
+from kits.pcb_inspection.model.decode import OVERLAP as IOU
+from kits.pcb_inspection.model.inspector import TILE
+
+ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
+
+
+def available() -> bool:
+    """Whether ultralytics is installed."""
+    return importlib.util.find_spec("ultralytics") is not None
+
+
+def speed_baselines(samples: Sequence[Pair], threads: int) -> dict[str, Callable[[], Any]]:
+    """{"yolov8n-fp32-openvino": the next decoded image through normalising, network and suppression}.
+
+    The weights are random (architecture only): time does not depend on them. Empty without ultralytics.
+    """
+    if not available():
+        return {}
+    from core.export.openvino import OpenVINOModule
+
+    module = OpenVINOModule(exported("yolov8n"), threads, as_tuple=False)
+    decoded = cycle([np.repeat(pair.load()[0][None, None], 3, 1) for pair in samples])
+    return {"yolov8n-fp32-openvino": lambda: _detect(module, next(decoded))}
+
+
+def exported(architecture: str, weights: Path | None = None) -> Path:
+    """The OpenVINO file of a YOLO for this task at 640 x 640, made once through Ultralytics' own export.
+
+    `weights` are those of `train_yolo`; None gives the architecture with random weights.
+    """
+    place = cache_folder(f"{architecture}-640-{len(CLASSES)}", [weights] if weights else [])
+    if not place.is_dir():
+        with tempfile.TemporaryDirectory(dir=place.parent) as work:
+            # Ultralytics writes its export beside the weights, so they are put where nothing else is
+            source = Path(work) / f"{architecture}.pt"
+            if weights is not None:
+                shutil.copyfile(weights, source)
+            model = _yolo(architecture, source if weights is not None else None)
+            model.ckpt_path = str(source)
+            model.model.pt_path = str(source)
+            made = Path(model.export(format="openvino", imgsz=TILE, dynamic=False, verbose=False))
+            os.replace(made, place)
+    return next(place.glob("*.xml"))
+
+
+def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path) -> Path:
+    """The pairs' tested images in YOLO's own layout (images/, labels/, data.yaml); returns the yaml file."""
+    for name, pairs in (("train", train), ("val", val)):
+        images, labels = out / "images" / name, out / "labels" / name
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
+        for pair in pairs:
+            height, width = pair.load()[0].shape
+            shutil.copyfile(pair.test, images / f"{pair.image_id}{pair.test.suffix}")
+            middle, size = (pair.boxes[:, :2] + pair.boxes[:, 2:]) / 2, pair.boxes[:, 2:] - pair.boxes[:, :2]
+            rows = np.concatenate((middle, size), 1) / np.array([width, height, width, height])
+            lines = [f"{n} {' '.join(f'{v:.6f}' for v in row)}\n" for n, row in zip(pair.labels, rows, strict=True)]
+            (labels / f"{pair.image_id}.txt").write_text("".join(lines))
+    names = "\n".join(f"  {i}: {name}" for i, name in enumerate(CLASSES))
+    table = out / "data.yaml"
+    table.write_text(f"path: {out.resolve()}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
+    return table
+
+
+def train_yolo(architecture: str, train: Sequence[Pair], val: Sequence[Pair], out: Path, epochs: int, resume: bool = False) -> Path:
+    """Train a YOLO from random weights on the same boards, by Ultralytics' own trainer; returns its best weights."""
+    last = out / "runs" / "train" / "weights" / "last.pt"
+    if resume and last.is_file():
+        _yolo(architecture, last).train(resume=True)
+    else:
+        table = write_yolo_dataset(train, val, out / "dataset")
+        _yolo(architecture, None).train(
+            data=str(table), epochs=epochs, imgsz=TILE, batch=16, project=str(out / "runs"), name="train", exist_ok=True,
+            pretrained=False, device="cpu", workers=1, plots=False,
+        )  # fmt: skip
+    return last.with_name("best.pt")
+
+
+def detect_yolo(weights: Path, architecture: str, pairs: Sequence[Pair], threads: int) -> dict[str, np.ndarray]:
+    """Image id -> detections (n, 6) of a trained YOLO, run in OpenVINO, suppressed class-blind as ours are."""
+    from core.export.openvino import OpenVINOModule
+
+    module = OpenVINOModule(exported(architecture, weights), threads, as_tuple=False)
+    return {p.image_id: _detect(module, np.repeat(p.load()[0][None, None], 3, 1)) for p in pairs}
+
+
+def _yolo(architecture: str, weights: Path | None) -> Any:
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"YOLO {architecture!r} is not known here; known are {', '.join(ARCHITECTURES)}")
+    if not available():
+        raise InputError("the YOLO baseline needs ultralytics (AGPL-3.0); install it with: pip install 'fitkit[baseline]'")
+    os.environ.setdefault("YOLO_VERBOSE", "false")  # read when ultralytics is first imported
+    from ultralytics import YOLO
+    from ultralytics.nn.tasks import DetectionModel
+
+    if weights is not None:
+        return YOLO(str(weights), task="detect", verbose=False)
+    model = YOLO(f"{architecture}.yaml", task="detect", verbose=False)
+    network = DetectionModel(f"{architecture}.yaml", nc=len(CLASSES), verbose=False)
+    network.args, network.task = model.model.args, "detect"
+    model.model = network
+    return model
+
+
+def _detect(module: Any, image: np.ndarray) -> np.ndarray:
+    """Detections (n, 6) of one image (1, 3, H, W) uint8, from YOLO's output (1, 4 + classes, cells)."""
+    import torch
+
+    from core.evaluation.detection import suppress
+
+    output = module(torch.from_numpy(np.multiply(image, np.float32(1 / 255), dtype=np.float32)))
+    rows = output[0].numpy()
+    if rows.shape[0] > rows.shape[1]:  # the end-to-end heads of YOLO26: (detections, x1 y1 x2 y2 score label)
+        return rows[rows[:, 4] > FLOOR]
+    scores = rows[4:].max(0)
+    cells = np.flatnonzero(scores > FLOOR)
+    labels, scores = rows[4:, cells].argmax(0), scores[cells]
+    middle, half = rows[:2, cells].T, rows[2:4, cells].T / 2
+    boxes = np.concatenate((middle - half, middle + half), 1)
+    kept = suppress(boxes, scores, IOU, MOST)
+    return np.concatenate((boxes[kept], scores[kept, None], labels[kept, None]), 1).astype(np.float32)

@@ -1,0 +1,101 @@
+"""Inspect many annotated pairs: predictions, good boards for the false rejects, pictures for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from torch import nn
+
+from core.evaluation.detection import box_iou
+from core.progress import progress
+from kits.pcb_inspection.acceptance import OFFICIAL_IOU
+from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
+from kits.pcb_inspection.model.inspector import inspect
+from kits.pcb_inspection.model.pair import Grey
+
+FOUND, MISSED, FALSE = (90, 160, 0), (0, 0, 220), (0, 150, 240)  # blue, green, red of OpenCV
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class GoodBoard(Pair):
+    """A board without defects: a pair's template, seen once more a little shifted and with other edges."""
+
+    def load(self) -> tuple[Grey, Grey]:
+        """(test, template): the template as a second shot would show it, and itself."""
+        template = super().load()[1]
+        rng = np.random.default_rng([int(b) for b in self.image_id.encode()])
+        shift = rng.uniform(-2, 2, 2)
+        matrix = np.array([[1, 0, shift[0]], [0, 1, shift[1]]])
+        moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+        soft = cv2.GaussianBlur(moved, (0, 0), 1.0).astype(np.float32)
+        grain = cv2.GaussianBlur(rng.normal(0, 60, soft.shape).astype(np.float32), (0, 0), 0.8)
+        return np.where(soft + grain >= 128 + rng.normal(0, 8), 255, 0).astype(np.uint8), template
+
+
+def clean_boards(pairs: Sequence[Pair]) -> list[Pair]:
+    """The templates of pairs as good boards, for the share of them that is rejected."""
+    return [GoodBoard(p.image_id, p.group, p.test, p.template, p.boxes[:0], p.labels[:0]) for p in pairs]
+
+
+def detect(module: nn.Module, pairs: Sequence[Pair], label: str) -> dict[str, np.ndarray]:
+    """Image id -> detections (n, 6) x1 y1 x2 y2 score label, each pair taken through the whole job."""
+    found = {}
+    with progress(label, len(pairs)) as bar:
+        for pair in pairs:
+            found[pair.image_id] = inspect(module, *pair.load()).detections
+            bar.advance()
+    return found
+
+
+def overlay(test: Grey, detections: np.ndarray, threshold: float, boxes: np.ndarray | None = None) -> np.ndarray:
+    """The tested image (H, W, 3) with detections at or above the threshold, named with class and confidence.
+
+    With true `boxes` (m, 4) given, what was found is green, what was missed red, a false call orange.
+    """
+    picture = cv2.cvtColor(cv2.addWeighted(test, 0.35, np.full_like(test, 255), 0.65, 0), cv2.COLOR_GRAY2BGR)
+    shown = detections[detections[:, 4] >= threshold]
+    hit = np.ones(len(shown), bool)
+    if boxes is not None:
+        over = box_iou(boxes, shown[:, :4]) > OFFICIAL_IOU
+        hit = over.any(0)
+        for box in boxes[~over.any(1)]:
+            _frame(picture, box, "missed", MISSED)
+    for row, true in zip(shown, hit, strict=True):
+        _frame(picture, row[:4], f"{CLASSES[int(row[5])]} {row[4]:.2f}", FOUND if true else FALSE)
+    return picture
+
+
+def sheet(module: nn.Module, pairs: Sequence[Pair], threshold: float) -> list[dict[str, Any]]:
+    """Some boards of different groups as pictures for the report."""
+    by_group: dict[str, Pair] = {}
+    for pair in pairs:
+        by_group.setdefault(pair.group, pair)
+    first = {p.image_id for p in by_group.values()}
+    chosen = [*by_group.values(), *(p for p in pairs if p.image_id not in first)]
+    pictures = []
+    for pair in chosen[:SHOWN]:
+        test, template = pair.load()
+        detections = inspect(module, test, template).detections
+        picture = overlay(test, detections, threshold, pair.boxes)
+        title = f"{pair.group} {pair.image_id}: found green, missed red, false call orange"
+        pictures.append({"title": title, "png": png(picture)})
+    return pictures
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture (H, W, 3) as PNG."""
+    return bytes(cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1])
+
+
+def _frame(picture: np.ndarray, box: np.ndarray, text: str, colour: tuple[int, int, int]) -> None:
+    x1, y1, x2, y2 = (round(float(v)) for v in box)
+    size = max(1, round(picture.shape[0] / 900))
+    cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1 + size)
+    above = y1 - 4 if y1 > 16 else y2 + 14
+    cv2.putText(picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, (255, 255, 255), 3 * size, cv2.LINE_AA)
+    cv2.putText(picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, colour, size, cv2.LINE_AA)
