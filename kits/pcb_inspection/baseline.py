@@ -5,7 +5,9 @@ Ultralytics is AGPL-3.0: installing it (extra `baseline`) is the user's choice, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -60,7 +62,8 @@ def exported(architecture: str, weights: Path | None = None) -> Path:
             model = _yolo(architecture, source if weights is not None else None)
             model.ckpt_path = str(source)
             model.model.pt_path = str(source)
-            made = Path(model.export(format="openvino", imgsz=TILE, dynamic=False, verbose=False))
+            with contextlib.redirect_stderr(io.StringIO()):  # its deprecation warnings are none of the user's business
+                made = Path(model.export(format="openvino", imgsz=TILE, dynamic=False, verbose=False))
             os.replace(made, place)
     return next(place.glob("*.xml"))
 
