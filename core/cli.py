@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=Path, required=True, help="folder of data")
     evaluate.add_argument("--split", help="split to score (default: test where there is one, else the held-out part)")
     bench = _command(commands, "bench", "time an artifact on this machine: p50, p99, peak memory", out=False)
-    bench.add_argument("--threads", type=int, default=2)
+    bench.add_argument("--threads", type=int, help="of the runtime (default: 2, or 1 on a single core)")
     bench.add_argument("--seconds", type=float, default=10.0, help="how long to time (default 10)")
     bench.add_argument("--json", action="store_true")
     predict = _command(commands, "predict", "run on your own inputs; leaves results and pictures")
@@ -60,23 +61,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given:
             parser().print_help()
             return DONE
-        kit = None
-        if given[0] in ("run", "train", "evaluate", "bench", "predict") and len(given) > 1 and not given[1].startswith("-"):
-            from core.kit import load
-
-            kit = load(given[1])
+        kit = _kit(given)
         options = parser(kit).parse_args(given)
         return int(_COMMANDS[options.command](kit, options))
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(f"{error.filename or 'the disk'}: no space left; free some and go on with --resume")
-        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}; mend the path or its rights")
+        raise
+    except RuntimeError as error:
+        from core.export import ParityError
+
+        if isinstance(error, ParityError):
+            return _fail(str(error))
         raise
     except KeyboardInterrupt:
         return _fail("stopped; what was finished is kept, --resume goes on from there")
+
+
+def _kit(given: Sequence[str]) -> Any:
+    """The kit that a command line names, whose own options its parser is to know; None where it names none."""
+    if given[0] not in _COMMANDS or given[0] == "list":
+        return None
+    name = given[1] if len(given) > 1 else ""
+    if not name or name.startswith("-"):  # options stand before the kit
+        if {"-h", "--help"} & set(given):
+            return None
+        name = parser().parse_known_args(given)[0].kit
+    from core.kit import load
+
+    return load(name)
 
 
 def _list(kit: Any, options: argparse.Namespace) -> int:
@@ -153,20 +170,21 @@ def _evaluate(kit: Any, options: argparse.Namespace) -> int:
 
 
 def _bench(kit: Any, options: argparse.Namespace) -> int:
-    from core.evaluation.bench import bench
+    from core.evaluation.bench import available_cores, bench
     from core.evaluation.measure import device, peak_memory, runtime_title
 
-    if options.threads < 1:
-        raise InputError(f"--threads {options.threads}: expected at least 1")
+    threads = min(2, len(available_cores())) if options.threads is None else options.threads
+    if threads < 1:
+        raise InputError(f"--threads {threads}: expected at least 1")
     artifact = _artifact(kit, options.artifact)
-    samples = kit.dataset(None, "test", "smoke")[:16]
+    samples = list(islice(kit.dataset(None, "test", "smoke"), 16))
     names = [artifact.variant(options.variant).name] if options.variant else list(artifact.variants)
-    runs = {name: kit.pipeline(artifact.as_module(name, options.threads), samples) for name in names}
-    result = bench(runs, seconds=options.seconds, threads=options.threads)
-    memory = {name: peak_memory(artifact.folder, name, options.threads) for name in names}
+    runs = {name: kit.pipeline(artifact.as_module(name, threads), samples) for name in names}
+    result = bench(runs, seconds=options.seconds, threads=threads)
+    memory = {name: peak_memory(artifact.folder, name, threads) for name in names}
     rows = [
         {"variant": n, "chosen": n == artifact.chosen, "p50_ms": t.p50, "p99_ms": t.p99, "fps": 1e3 / t.p50, "runs": t.runs,
-         "peak_memory_mb": memory[n], "size_mb": artifact.size_bytes(n) / 1e6, "runtime": runtime_title(artifact, n, options.threads)}
+         "peak_memory_mb": memory[n], "size_mb": artifact.size_bytes(n) / 1e6, "runtime": runtime_title(artifact, n, threads)}
         for n, t in result.timings.items()
     ]  # fmt: skip
     if options.json:
@@ -195,7 +213,10 @@ def _artifact(kit: Any, folder: Path | None) -> Any:
     from core.export import Artifact
 
     if folder is not None:
-        return Artifact.open(folder / "artifact" if (folder / "artifact").is_dir() else folder)
+        artifact = Artifact.open(folder / "artifact" if (folder / "artifact").is_dir() else folder)
+        if artifact.manifest["kit"] != kit.name:
+            raise InputError(f"--artifact {folder}: is of the kit {artifact.manifest['kit']!r}, not of {kit.name!r}")
+        return artifact
     from core.shipped import shipped_artifact
 
     return shipped_artifact(kit)

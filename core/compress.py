@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from core.files import writing
 from core.kit import Context, InputError, Kit, Recipe, Step
 
 
@@ -112,8 +113,9 @@ def compress(
     context = Context(kit, model, data, preset, None, resume, seed)
     small = copy.deepcopy(model)
     trace: Trace = []
-    if folder is not None and not resume and folder.exists():
-        shutil.rmtree(folder)
+    if folder is not None and not resume:
+        for left in folder.glob("[0-9][0-9]-*"):  # its own only: the user chose the folder
+            shutil.rmtree(left)
     for index, step in enumerate(recipe.steps):
         apply, restore = _HANDLERS[type(step)]
         place = folder / f"{index:02d}-{type(step).__name__.lower()}" if folder is not None else None
@@ -166,10 +168,12 @@ def _write(place: Path, model: nn.Module, entry: TraceEntry, structure: dict[str
     """Write a checkpoint beside its place and move it there whole, so that a kill leaves all or nothing."""
     fresh = place.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_model(model, str(fresh / "model.safetensors"))
+    with writing(fresh / "model.safetensors"):
+        fresh.mkdir(parents=True)
+        save_model(model, str(fresh / "model.safetensors"))
     record = {"trace": entry.to_json(), "structure": structure, "sha256": file_hash(fresh / "model.safetensors")}
-    (fresh / "step.json").write_text(json.dumps(record, indent=1))
+    with writing(fresh / "step.json"):
+        (fresh / "step.json").write_text(json.dumps(record, indent=1))
     shutil.rmtree(place, ignore_errors=True)
     os.replace(fresh, place)
 

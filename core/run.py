@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import os
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,16 +14,18 @@ from typing import Any
 from torch import nn
 
 from core.compress import compress
-from core.evaluation.bench import bench
+from core.evaluation.bench import available_cores, bench
 from core.evaluation.measure import device, measure, runtime_title
 from core.export import Artifact, audit_trace, export
-from core.figures import Estimated, Figure, Figures, Measured
-from core.hardware import estimate, profile, stored_bytes, target, will_it_be_faster
-from core.kit import InputError, Kit, Recipe
-from core.quantization import layer_sqnr
-from core.report import Report, judge
+from core.figures import Estimated, Figure, Figures, Measured, Stage
+from core.files import replaced
+from core.hardware import estimate, profile, target, will_it_be_faster
+from core.hardware.profile import Matrix
+from core.kit import InputError, Kit, Recipe, Step
+from core.quantization import layer_sqnr, quant_layers
+from core.report import Report, judge, read_json
 
-THREADS = 2
+THREADS = min(2, len(available_cores()))
 SECONDS = {"smoke": 6.0, "full": 30.0}
 """How long the side-by-side timing runs."""
 
@@ -50,22 +53,30 @@ class Run:
         self._begin()
         original = self.kit.model(self.weights)
         _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
+        float_models = [original]
+
+        def on_step(index: int, step: Step, model: nn.Module) -> None:
+            if not quant_layers(model):
+                float_models.append(copy.deepcopy(model))
+
         small, trace = compress(
-            original, self.recipe, self.kit, data=self.data, preset=self.preset, folder=self.out / "steps", resume=self.resume
-        )
+            original, self.recipe, self.kit, data=self.data, preset=self.preset, folder=self.out / "steps", resume=self.resume,
+            on_step=on_step,
+        )  # fmt: skip
         artifact = self._artifact({"fp32": original, "int8": small})
         split = self.kit.report_split(self.data)
         samples = self.kit.dataset(self.data, split, self.preset)
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
         figures = self._figures(artifact, scores, timing, len(samples), split)
-        figures |= self._estimates(original, "fp32").restage("original") | self._estimates(small, "int8")
-        figures |= self._power(small)
+        stages: dict[Stage, nn.Module] = {"original": original, "compressed": small}
+        for stage, model in stages.items():
+            figures |= (self._estimates(model) | self._power(model)).restage(stage)
         notes = [f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()]
-        notes += [f"{self.target}: {sentence}" for sentence in will_it_be_faster(small, self.kit.exports(), box, "int8")]
+        notes += [f"{self.target}: {sentence}" for sentence in will_it_be_faster(small, self.kit.exports(), box, *_precision(small))]
         report = judge(
             figures, self.kit.gates, [*trace, *audit_trace(artifact)], kit=self.kit.name, recipe=self.recipe, target=self.target,
-            layers=self._layers(original, small), tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
+            layers=self._layers(float_models[-1], small), tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
             notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
             title=self.kit.title,
@@ -80,7 +91,7 @@ class Run:
                   "weights": str(self.weights.resolve()) if self.weights else None}  # fmt: skip
         path = self.out / "run.json"
         if self.resume and path.exists():
-            found = json.loads(path.read_text())
+            found = read_json(path)
             if different := [k for k in wanted if found.get(k) != wanted[k]]:
                 k = different[0]
                 raise InputError(f"{path}: was begun with another {k}; give the same {k}, or another --out, or leave out --resume")
@@ -93,7 +104,7 @@ class Run:
         """The stored result of a stage when resuming, or a new one, stored."""
         path = self.out / f"stage-{name}.json"
         if self.resume and path.exists():
-            return json.loads(path.read_text())
+            return read_json(path)
         value = make()
         _write(path, value)
         return value
@@ -108,11 +119,11 @@ class Run:
             # the threshold must serve every variant: it is frozen on the smallest, least exact one
             meta = self.kit.freeze(made.as_module(_int8(made), THREADS), self.data, self.preset)
             made.describe(meta)
-            return {"sha256": made.sha256}
+            return {"sha256": made.sha256, "meta": made.meta}
 
         stored = self._stage("export", make)
         artifact = Artifact.open(place)
-        if artifact.sha256 != stored["sha256"]:
+        if {"sha256": artifact.sha256, "meta": artifact.meta} != stored:
             raise InputError(f"{place}: not the artifact of this run; run again without --resume")
         return artifact
 
@@ -169,9 +180,14 @@ class Run:
         for stage, name in (("original", chosen["fp32"]), ("compressed", best)):
             title = f"{runtime_title(artifact, name, THREADS)}, end to end"
             note = "recommended for this host" if stage == "compressed" else "the faster FP32 export"
-            ends = Measured(device(), title, times[name]["runs"], None, artifact.sha256, note=note)
-            for figure, value, unit in (("fps", 1e3 / times[name]["p50"], "1/s"), ("end_to_end_p50", times[name]["p50"], "ms"),
-                                        ("end_to_end_p99", times[name]["p99"], "ms")):  # fmt: skip
+            t = times[name]
+            rate = 1e3 / t["p50"]
+            for figure, value, unit, spread, how in (
+                ("fps", rate, "1/s", rate * t["spread"] / t["p50"], f"{note}; one over the median"),
+                ("end_to_end_p50", t["p50"], "ms", t["spread"], note),
+                ("end_to_end_p99", t["p99"], "ms", t["spread_p99"], note),
+            ):
+                ends = Measured(device(), title, t["runs"], spread, artifact.sha256, note=how)
                 figures |= Figures([Figure(figure, value, unit, ends, stage)])  # type: ignore[arg-type]
         for name in timing["baselines"]:
             ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
@@ -180,34 +196,55 @@ class Run:
             figures |= Figures([Figure(f"speedup_{name.split('-')[0]}", ratio["value"], "x", basis)])
         return figures
 
-    def _estimates(self, model: nn.Module, precision: str) -> Figures:
+    def _estimates(self, model: nn.Module) -> Figures:
         """Estimates for the target; its speed is that of the network alone, so no "fps", which is end to end here."""
-        found = estimate(model, self.kit.exports(), target(self.target), precision=precision, rate_hz=self.kit.rate_hz)
+        precision, bits = _precision(model)
+        found = estimate(
+            model, self.kit.exports(), target(self.target), precision=precision, weight_bits=bits, rate_hz=self.kit.rate_hz
+        )
         return Figures(f for f in found if f.name != "fps")
 
-    def _power(self, small: nn.Module) -> Figures:
-        """The power estimate for the device of a power gate, where that is not the target."""
+    def _power(self, model: nn.Module) -> Figures:
+        """The power estimate for the device of a power gate, which takes the place of that for the target."""
         found = Figures()
+        precision, bits = _precision(model)
         for gate in self.kit.gates:
             if gate.figure == "power" and gate.device:
-                for f in estimate(small, self.kit.exports(), target(gate.device), precision="int8", rate_hz=self.kit.rate_hz):
+                for f in estimate(model, self.kit.exports(), target(gate.device), precision=precision, weight_bits=bits,
+                                  rate_hz=self.kit.rate_hz):  # fmt: skip
                     if f.name == "power" and isinstance(f.basis, Estimated):
                         assumed = (f"device {gate.device} at {self.kit.rate_hz:g} inferences a second", *f.basis.assumptions)
                         found |= Figures([Figure("power", f.value, f.unit, Estimated(f.basis.method, assumed, f.basis.error_band))])
         return found
 
-    def _layers(self, original: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
+    def _layers(self, unquantized: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
+        """A row a layer; the error is that against the model as it was before its first quantization."""
         graphs = self.kit.exports()
         samples = list(islice(self.kit.dataset(self.data, "val", self.preset), 4))
         inputs = [self.kit.inputs(b) for b in self.kit.batches(samples, 2, train=False)]
-        errors = layer_sqnr(original, small, inputs) if len(graphs) == 1 else {}
+        errors = layer_sqnr(unquantized, small, inputs) if len(graphs) == 1 else {}
+        _, bits = _precision(small)
         rows = []
         for graph in graphs:
             for layer in profile(graph.module(small), tuple(graph.inputs.values())):
                 if layer.macs or layer.parameters:
-                    rows.append({"layer": layer.name, "kind": layer.kind, "parameters": layer.parameters,
-                                 "bytes": layer.parameters, "macs": layer.macs, "sqnr_db": errors.get(layer.name)})  # fmt: skip
+                    name = f"{graph.part}.{layer.name}" if graph.part else layer.name
+                    size = math.ceil(layer.parameters * bits.get(name, 32) / 8)
+                    rows.append({"layer": name, "kind": layer.kind, "parameters": layer.parameters,
+                                 "bytes": size, "macs": layer.macs, "sqnr_db": errors.get(name)})  # fmt: skip
         return rows
+
+
+def _precision(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
+    """({layer: data type}, {layer: bits of its weights}) of a model as it is; layers that no step quantized are FP32."""
+    quantized = quant_layers(model)
+    layers = {"*": "int8" if quantized else "fp32"}
+    for name, module in model.named_modules():
+        if name in quantized:
+            layers[name] = "int8" if quantized[name].input_quantizer is not None else "fp32"
+        elif isinstance(module, Matrix):
+            layers[name] = "fp32"
+    return layers, {name: q.weight_quantizer.scheme.bits for name, q in quantized.items()}
 
 
 def _int8(artifact: Artifact) -> str:
@@ -232,14 +269,11 @@ def _variants_table(artifact: Artifact, scores: Mapping[str, Any], timing: Mappi
 
 
 def _write(path: Path, value: Any) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(value))
-    os.replace(fresh, path)
+    with replaced(path) as fresh:
+        fresh.write_text(json.dumps(value))
 
 
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(text, style="dim", highlight=False)
-
-
+    Console(stderr=True).print(text, style="dim", highlight=False, markup=False)

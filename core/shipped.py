@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import tempfile
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
 from core.cache import cache_folder
-from core.evaluation.bench import bench
+from core.evaluation.bench import available_cores, bench
 from core.export import Artifact, export
 from core.kit import InputError, Kit
 
-THREADS = 2
+THREADS = min(2, len(available_cores()))
 SECONDS = 4.0
 
 
@@ -24,13 +28,21 @@ def shipped_artifact(kit: Kit) -> Artifact:
         try:
             return Artifact.open(place)
         except InputError as error:
-            Console(stderr=True).print(f"{error}; exporting anew", style="dim", highlight=False)
+            Console(stderr=True).print(f"{error}; exporting anew", style="dim", highlight=False, markup=False)
     console = Console(stderr=True)
     console.print("first use: exporting the shipped weights for this machine (about half a minute)", style="dim", highlight=False)
     models, meta = kit.shipped()
-    artifact = export(models, kit.exports(), kit.default_target, place, kit=kit.name, meta=meta)
-    few = list(kit.dataset(None, "test", "smoke")[:8])
-    runs = {name: kit.pipeline(artifact.as_module(name, THREADS), few) for name in artifact.variants}
-    timings = bench(runs, seconds=SECONDS, threads=THREADS, label="choosing the fastest variant").timings
-    artifact.choose(min(timings, key=lambda name: timings[name].p50))
-    return artifact
+    # built apart and moved in with its choice made: a kill, or another fitkit at the same time, leaves no half of it
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=place.name) as work:
+        artifact = export(models, kit.exports(), kit.default_target, Path(work) / "artifact", kit=kit.name, meta=meta)
+        few = list(islice(kit.dataset(None, "test", "smoke"), 8))
+        runs = {name: kit.pipeline(artifact.as_module(name, THREADS), few) for name in artifact.variants}
+        timings = bench(runs, seconds=SECONDS, threads=THREADS, label="choosing the fastest variant").timings
+        artifact.choose(min(timings, key=lambda name: timings[name].p50))
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            os.replace(artifact.folder, place)
+        except OSError:
+            if not place.exists():  # not one that another process has just moved in
+                raise
+    return Artifact.open(place)

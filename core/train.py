@@ -6,11 +6,11 @@ import copy
 import itertools
 import json
 import math
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from core.files import replaced
 from core.kit import InputError
 from core.progress import progress
 
@@ -79,56 +80,74 @@ def fit(
     `batches(epoch)` yields that epoch's batches, the same for the same epoch. `evaluate` is a score
     where more is better. With `folder`, every epoch leaves `last.safetensors` there, the state of
     everything in one file, and `resume` goes on from it. Raises FloatingPointError when the loss is no
-    longer finite.
+    longer finite, InputError for an epoch without batches and for a checkpoint of another training.
+
+    Under `accelerate launch` the N processes share the batches of an epoch, one each a step, so that it has
+    `steps_per_epoch // N` steps; a last round of fewer than N batches is left out. `loss` must then call the
+    model as a whole; `evaluate` and `on_epoch` are called in the first process only.
     """
     from accelerate import Accelerator
+    from accelerate.utils import send_to_device
 
     accelerator = Accelerator()
     optimizer = _optimizer(model, schedule)
+    # before `prepare`: in mixed precision that wraps the forward of the very model, which a copy would go on calling
+    average = copy.deepcopy(model).to(accelerator.device) if schedule.ema else None
     net, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(net)
-    average = copy.deepcopy(bare) if schedule.ema else None
+    candidate = average if average is not None else bare
     best: dict[str, Tensor] = {}
     best_score, history, first = -math.inf, [], 0
-    total = schedule.epochs * steps_per_epoch
+    steps = max(1, steps_per_epoch // accelerator.num_processes)
+    total = schedule.epochs * steps
     last = folder / "last.safetensors" if folder is not None else None
     if resume and last is not None and last.exists():
         state = _Checkpoint.read(last)
-        if state.meta["schedule"] != asdict(schedule):
-            raise InputError(f"{last}: was written with another schedule; delete it or train without --resume")
-        bare.load_state_dict(state.part("model"))
-        if average is not None:
-            average.load_state_dict(state.part("average"))
+        for key, wanted in (("schedule", asdict(schedule)), ("steps", steps)):
+            if state.meta[key] != wanted:
+                what = "schedule" if key == "schedule" else f"number of steps an epoch, {state.meta[key]} instead of {steps}"
+                raise InputError(f"{last}: was written with another {what}; delete it or train without --resume")
+        try:
+            bare.load_state_dict(state.part("model"))
+            if average is not None:
+                average.load_state_dict(state.part("average"))
+        except RuntimeError as error:
+            raise InputError(f"{last}: was written for another network; delete it or train without --resume") from error
         best, best_score = state.part("best"), state.meta["best_score"]
         _load_optimizer(optimizer, state.part("optimizer"))
         history, first = state.meta["history"], state.meta["epoch"] + 1
-    with progress(label, total, done=first * steps_per_epoch, quiet=not accelerator.is_main_process) as bar:
+    with progress(label, total, done=first * steps, quiet=not accelerator.is_main_process) as bar:
         for epoch in range(first, schedule.epochs):
             torch.manual_seed(schedule.seed * 100_003 + epoch)
             bare.train()
             started, losses = time.perf_counter(), []
-            for index, batch in enumerate(_mine(batches(epoch), accelerator)):
-                step = epoch * steps_per_epoch + index
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate(step, total)
-                value = loss(net, batch)
-                if not math.isfinite(value.item()):
-                    raise FloatingPointError(f"{label}: loss is {value.item()} at epoch {epoch}, step {index}; lower lr {schedule.lr}")
-                optimizer.zero_grad()
-                accelerator.backward(value)
-                if schedule.clip:
-                    accelerator.clip_grad_norm_(bare.parameters(), schedule.clip)
-                optimizer.step()
-                if average is not None:
-                    _blend(average, bare, min(schedule.ema, (1 + step) / (10 + step)))
-                losses.append(value.item())
-                bar.advance(f"epoch {epoch + 1}/{schedule.epochs} loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
-            entry = {"epoch": epoch, "loss": sum(losses) / max(1, len(losses)), "seconds": round(time.perf_counter() - started, 1)}
-            candidate = average if average is not None else bare
+            with closing(_ahead(_share(batches(epoch), accelerator))) as ready:
+                for index, batch in enumerate(ready):
+                    step = epoch * steps + index
+                    for group in optimizer.param_groups:
+                        group["lr"] = schedule.rate(step, total)
+                    value = loss(net, send_to_device(batch, accelerator.device))
+                    losses.append(value.item())
+                    if not math.isfinite(losses[-1]):
+                        raise FloatingPointError(f"{label}: loss is {losses[-1]} at epoch {epoch}, step {index}; lower lr {schedule.lr}")
+                    optimizer.zero_grad()
+                    accelerator.backward(value)
+                    if schedule.clip:
+                        accelerator.clip_grad_norm_(bare.parameters(), schedule.clip)
+                    optimizer.step()
+                    if average is not None:
+                        _blend(average, bare, min(schedule.ema, (1 + step) / (10 + step)))
+                    bar.advance(f"epoch {epoch + 1}/{schedule.epochs} loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
+            if not losses:
+                raise InputError(f"{label}: epoch {epoch} brought no batch for each process; give more samples or a smaller batch_size")
+            for each in dict.fromkeys((bare, candidate)):
+                _as_in_first(each, accelerator)
+            mean = _over_all(sum(losses) / len(losses), accelerator, "mean")
+            entry = {"epoch": epoch, "loss": mean, "seconds": round(time.perf_counter() - started, 1)}
             candidate.eval()
             due = (epoch + 1) % schedule.evaluate_every == 0 or epoch + 1 == schedule.epochs
             if evaluate is not None and due:
-                entry["score"] = float(evaluate(candidate))
+                entry["score"] = _over_all(float(evaluate(candidate)) if accelerator.is_main_process else 0.0, accelerator, "sum")
                 if entry["score"] > best_score:
                     best_score = entry["score"]
                     best = {k: v.detach().clone() for k, v in candidate.state_dict().items()}
@@ -136,28 +155,45 @@ def fit(
             if accelerator.is_main_process:
                 bar.log(f"{label} " + "  ".join(f"{k} {v:.5g}" for k, v in entry.items()))
                 if last is not None:
-                    meta = {"schedule": asdict(schedule), "epoch": epoch, "history": history, "best_score": best_score}
+                    meta = {"schedule": asdict(schedule), "steps": steps, "epoch": epoch, "history": history, "best_score": best_score}
                     parts = {"model": bare.state_dict(), "best": best, "optimizer": _optimizer_state(optimizer)}
                     if average is not None:
                         parts["average"] = average.state_dict()
                     _Checkpoint.write(last, parts, meta)
-            if on_epoch is not None:
-                on_epoch(epoch, candidate)
-    bare.load_state_dict(best or (average.state_dict() if average is not None else bare.state_dict()))
+                if on_epoch is not None:
+                    on_epoch(epoch, candidate)
+    bare = accelerator.unwrap_model(net, keep_fp32_wrapper=False)
+    bare.load_state_dict(best or candidate.state_dict())
     bare.eval()
     accelerator.free_memory()
     return Fit(bare, history)
 
 
-def _mine(batches: Iterable[Any], accelerator: Any) -> Iterator[Any]:
-    """This process's share of the batches, on its device."""
-    from accelerate.utils import send_to_device
+def _share(batches: Iterable[Any], accelerator: Any) -> Iterator[Any]:
+    """This process's batch of every whole round: one that only some processes got would leave those waiting for the rest."""
+    source = iter(batches)
+    while len(batch_each := list(itertools.islice(source, accelerator.num_processes))) == accelerator.num_processes:
+        yield batch_each[accelerator.process_index]
 
-    share = itertools.islice(batches, accelerator.process_index, None, accelerator.num_processes)
-    return (send_to_device(batch, accelerator.device) for batch in _ahead(share))
+
+@torch.no_grad()
+def _as_in_first(model: nn.Module, accelerator: Any) -> None:
+    """Give every process the first one's weights and buffers: each one's batch norms have seen other batches."""
+    from accelerate.utils import broadcast
+
+    if accelerator.num_processes > 1:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.copy_(broadcast(tensor.detach().clone()))
 
 
-def _ahead(batches: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+def _over_all(value: float, accelerator: Any, how: str) -> float:
+    """The "mean" or "sum" of a number over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), how))
+
+
+def _ahead(batches: Iterable[Any], depth: int = 4) -> Generator[Any, None, None]:
     """The same batches in the same order, the next few made in a thread while the current one trains."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stop = threading.Event()
@@ -165,7 +201,7 @@ def _ahead(batches: Iterable[Any], depth: int = 4) -> Iterator[Any]:
     def put(kind: str, value: Any) -> None:
         while not stop.is_set():
             try:
-                return ready.put((kind, value), timeout=0.5)
+                return ready.put((kind, value), timeout=0.1)
             except queue.Full:
                 continue
 
@@ -179,7 +215,8 @@ def _ahead(batches: Iterable[Any], depth: int = 4) -> Iterator[Any]:
         except BaseException as error:  # noqa: BLE001  raised again where the batch is asked for
             put("error", error)
 
-    threading.Thread(target=work, daemon=True).start()
+    worker = threading.Thread(target=work, daemon=True, name="batches")
+    worker.start()
     try:
         while (item := ready.get())[0] == "batch":
             yield item[1]
@@ -187,6 +224,7 @@ def _ahead(batches: Iterable[Any], depth: int = 4) -> Iterator[Any]:
             raise item[1]
     finally:
         stop.set()
+        worker.join()
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
@@ -205,7 +243,9 @@ def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
-    for mean, now in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+    # not by state_dict, which lists a tensor that two layers share twice
+    both = (itertools.chain(m.parameters(), m.buffers()) for m in (average, model))
+    for mean, now in zip(*both, strict=True):
         if mean.dtype.is_floating_point:
             mean.lerp_(now, 1 - decay)
         else:
@@ -219,10 +259,13 @@ def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:
 
 def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
     full = optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+        param = params[int(index)]
+        # in the memory layout of its parameter, so that the next step computes in the same order
+        entries.setdefault(int(index), {})[name] = torch.empty_like(param).copy_(value) if value.shape == param.shape else value
     optimizer.load_state_dict({"state": entries, "param_groups": full["param_groups"]})
 
 
@@ -238,11 +281,9 @@ class _Checkpoint:
 
     @staticmethod
     def write(path: Path, parts: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{part}/{k}": v.detach().cpu().contiguous().clone() for part, group in parts.items() for k, v in group.items()}
-        fresh = path.with_suffix(".new")
-        save_file(tensors, str(fresh), metadata={"fitkit": json.dumps(meta)})
-        os.replace(fresh, path)
+        with replaced(path) as fresh:
+            save_file(tensors, str(fresh), metadata={"fitkit": json.dumps(meta)})
 
     @staticmethod
     def read(path: Path) -> _Checkpoint:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower floors know nothing of higher ones. Units of one floor may import each other, but never in a circle.
 FLOORS = (
-    {"figures", "hardware", "kit", "cache", "progress"},
+    {"figures", "hardware", "kit", "cache", "files", "progress"},
     {"compress", "train"},
     {"quantization", "pruning", "distillation", "nas"},
     {"export", "evaluation", "search"},
@@ -95,7 +96,8 @@ def names_of(node: ast.AST, source: Source) -> list[str]:
     return []
 
 
-def imports(source: Source) -> Iterator[Import]:
+@cache
+def imports(source: Source) -> tuple[Import, ...]:
     def walk(node: ast.AST, at_once: bool) -> Iterator[Import]:
         for name in names_of(node, source):
             yield Import(name, node.lineno, at_once)  # type: ignore[attr-defined]
@@ -104,7 +106,7 @@ def imports(source: Source) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child, at_once and not lazy and not typing_only)
 
-    return walk(source.tree, True)
+    return tuple(walk(source.tree, True))
 
 
 def unit(module: str) -> str:

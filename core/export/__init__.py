@@ -31,7 +31,7 @@ def export(
     models: Mapping[str, nn.Module],
     graphs: Iterable[Graph],
     target_name: str,
-    out: Path,
+    out: Path | str,
     *,
     kit: str,
     runtimes: Sequence[str] = RUNTIMES,
@@ -48,7 +48,7 @@ def export(
     that drifts, and InputError for names that do not fit; in both cases and in a crash an older
     artifact in `out` stays as it was.
     """
-    graphs = tuple(graphs)
+    graphs, out = tuple(graphs), Path(out)
     _check_names(models, graphs, runtimes)
     variants: dict[str, Any] = {}
     described: dict[str, Any] = {}

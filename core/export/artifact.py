@@ -50,8 +50,9 @@ class Artifact:
         self.variants = {name: Variant(**record) for name, record in manifest["variants"].items()}
 
     @staticmethod
-    def open(folder: Path) -> Artifact:
+    def open(folder: Path | str) -> Artifact:
         """Read and verify an artifact; raises InputError naming the file that is missing, changed or outside."""
+        folder = Path(folder)
         recover(folder)
         path = folder / MANIFEST
         if not path.is_file():
@@ -116,11 +117,13 @@ class Artifact:
     def as_module(self, variant: str | None = None, threads: int | None = None, graph: str | None = None) -> nn.Module:
         """A module that runs one graph in its runtime: tensors in, a tensor or a tuple out, as the torch model.
 
-        `threads` pins the runtime's threads (None: the runtime's own choice); `graph` may be left out
-        when the artifact has one graph.
+        `threads` pins the runtime's threads (None: the runtime's own choice). Without `graph`, an artifact of
+        several graphs gives an `nn.ModuleDict` of them by name, which answers to `module.encoder` as well.
         """
         chosen = self.variant(variant)
-        name = next(iter(chosen.files)) if graph is None and len(chosen.files) == 1 else graph
+        if graph is None and len(chosen.files) > 1:
+            return nn.ModuleDict({name: self.as_module(chosen.name, threads, name) for name in chosen.files})
+        name = next(iter(chosen.files)) if graph is None else graph
         if name not in chosen.files:
             raise InputError(f"{self.folder}: name one of its graphs: {', '.join(chosen.files)} (asked for {graph!r})")
         path, as_tuple = self.folder / chosen.files[name], bool(self.graphs[name]["tuple"])

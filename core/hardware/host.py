@@ -18,6 +18,9 @@ _FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "a
 # AVX2 alone needs three instructions (vpmaddubsw, vpmaddwd, vpaddd) for 32 of them where one FMA does 8.
 _INT8_GAIN = {"amx_int8": 32.0, "avx512_vnni": 4.0, "avx_vnni": 4.0, "i8mm": 8.0, "asimddp": 4.0, "avx2": 4 / 3}
 
+_SIDE = 384
+_PIECE = 512 << 10
+
 
 @dataclass(frozen=True)
 class Host:
@@ -32,7 +35,7 @@ class Host:
 
 
 def measure_host(threads: int | None = None) -> Host:
-    """Measure GEMM rate (FLOP/s) and copy bandwidth (B/s) with `threads` (default: what torch uses now), once."""
+    """Measure GEMM rate (FLOP/s) and read bandwidth (B/s) with `threads` (default: what torch uses now), once."""
     return _measure(threads or torch.get_num_threads())
 
 
@@ -41,16 +44,17 @@ def _measure(threads: int) -> Host:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        gemm = _gemm_rate(1024)
+        gemm = _gemm_rate()
         cache_bytes = last_level_cache()
-        ram_rate = _copy_rate(max(32 << 20, 2 * (cache_bytes or 0)))
-        # A quarter of the cache: source and copy together stay inside it, even where neighbours share it.
-        cache_rate = _copy_rate(cache_bytes // 8) if cache_bytes else 0.0
+        ram_rate = _read_rate(min(max(64 << 20, 4 * (cache_bytes or 0)), 512 << 20))
+        # A quarter of the cache stays in it even where neighbours share it.
+        cache_rate = _read_rate(cache_bytes // 4) if cache_bytes else 0.0
     finally:
         torch.set_num_threads(before)
     name, flags = processor()
     how = f"measured on this host with {threads} threads, torch {torch.__version__}"
-    peak = {"fp32": {"value": gemm, "unit": "op/s", "source": f"{how}: best 1024 x 1024 x 1024 matrix product"}}
+    product = f"{how}: best of many {_SIDE} x {_SIDE} x {_SIDE} matrix products"
+    peak = {"fp32": {"value": gemm, "unit": "op/s", "source": product}}
     fastest = next((f for f in _INT8_GAIN if f in flags), None)
     if fastest is not None:
         gain = _INT8_GAIN[fastest]
@@ -59,11 +63,11 @@ def _measure(threads: int) -> Host:
     memory = []
     if cache_bytes and cache_rate > ram_rate:
         size = {"value": cache_bytes, "unit": "B", "source": "the operating system's cache description"}
-        rate = {"value": cache_rate, "unit": "B/s", "source": f"{how}: copy inside the cache, read plus write"}
+        rate = {"value": cache_rate, "unit": "B/s", "source": f"{how}: reading a quarter of the cache"}
         memory.append(_level("last-level cache", "sram", size, rate))
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = {"value": ram, "unit": "B", "source": "the operating system's count of pages"}
-    rate = {"value": ram_rate, "unit": "B/s", "source": f"{how}: copy larger than the cache, read plus write"}
+    rate = {"value": ram_rate, "unit": "B/s", "source": f"{how}: reading what is larger than the cache"}
     memory.append(_level("RAM", "dram", size, rate))
     cores = os.cpu_count() or 1
     return Host(f"{name}, {cores} cores", cores, threads, flags, peak, memory)
@@ -92,24 +96,28 @@ def last_level_cache() -> int | None:
     return max(sizes, default=None)
 
 
-def _gemm_rate(n: int) -> float:
-    a, b, out = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
-    return 2.0 * n**3 / _best(lambda: torch.mm(a, b, out=out), 0.4)
+def _gemm_rate() -> float:
+    a, b, out = torch.rand(_SIDE, _SIDE), torch.rand(_SIDE, _SIDE), torch.empty(_SIDE, _SIDE)
+    return 2.0 * _SIDE**3 / _fastest(lambda _: torch.mm(a, b, out=out), 0.4)
 
 
-def _copy_rate(size: int) -> float:
-    source = torch.zeros(max(size, 4096), dtype=torch.uint8)
-    copy = torch.empty_like(source)
-    return 2.0 * source.numel() / _best(lambda: copy.copy_(source), 0.2)
+def _read_rate(size: int) -> float:
+    """Bytes a second of walking through `size` bytes, piece by piece, into a copy small enough to stay near."""
+    piece = min(_PIECE, max(size, 4096))
+    source = torch.ones(max(size // piece, 1), piece, dtype=torch.uint8)  # of zeros there would be one page only
+    near = torch.empty(piece, dtype=torch.uint8)
+    return piece / _fastest(lambda run: near.copy_(source[run % len(source)]), 0.3)
 
 
-def _best(run: Callable[[], object], budget: float) -> float:
-    """Seconds of the fastest of at least 3 runs within about `budget` seconds: a peak, so noise only hides it."""
-    run()
+def _fastest(work: Callable[[int], object], budget: float) -> float:
+    """Seconds of the fastest of at least 20 runs over about `budget` seconds.
+
+    Each run is shorter than a time slice, so that other programs delay some runs but not the fastest.
+    """
     best, runs, started = float("inf"), 0, time.perf_counter()
-    while runs < 3 or time.perf_counter() - started < budget:
+    while runs < 20 or time.perf_counter() - started < budget:
         begin = time.perf_counter()
-        run()
+        work(runs)
         best = min(best, time.perf_counter() - begin)
         runs += 1
     return best

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 from core.hardware.profile import Buffer, Run
@@ -63,7 +64,11 @@ def plan(run: Run, precision: Choice = "fp32", prefix: str = "", alignment: int 
     "Efficient memory management for deep neural net inference", 2020.
     """
     blocks = _merge(run.buffers, precision, prefix)
-    alive = [sum(b.size for b in blocks if b.born <= step <= b.dies) for step in range(len(run.steps))]
+    changes = [0] * (len(run.steps) + 1)
+    for block in blocks:
+        changes[block.born] += block.size
+        changes[block.dies + 1] -= block.size
+    alive = list(accumulate(changes))[:-1]
     peak = max(alive, default=0)
     placed: list[Placement] = []
     for block in sorted(blocks, key=lambda b: (-b.size, b.born)):

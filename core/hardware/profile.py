@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from core.kit import InputError
 
 Matrix = (nn.modules.conv._ConvNd, nn.Linear)
 """Layers with one weight matrix; subclasses, such as quantized wrappers, count as the layer they wrap."""
+
+WHOLE = "model"
+"""The name of the only layer of a model that is itself one layer."""
 
 # Layers that are looked at as a whole even where they own submodules (a wrapper's quantizers, an output projection).
 _WHOLE = (*Matrix, nn.MultiheadAttention, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RNNBase)
@@ -162,16 +165,16 @@ class _Tracer(TorchDispatchMode):
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         frame = self._stack.pop()
         if frame.whole:
-            self._layer(frame, [t for t in tree_leaves(output) if isinstance(t, Tensor)])
+            self._layer(frame, _tensors(output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        results = _tensors(out)
         if func.is_view or not results:
             return out
         reads: dict[int, int] = {}
-        for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        for tensor in _tensors((args, kwargs)):
             key = self._id(tensor)
             if key not in self._constant:
                 reads[key] = max(reads.get(key, 0), tensor.numel())
@@ -272,7 +275,7 @@ class _Tracer(TorchDispatchMode):
 
     def finish(self, outputs: Any) -> Run:
         last = len(self.run.steps)
-        for tensor in (t for t in tree_leaves(outputs) if isinstance(t, Tensor)):
+        for tensor in _tensors(outputs):
             if (key := self._id(tensor)) in self._buffer_of:
                 self.run.buffers[self._buffer_of[key]].dies = last
         for made in self.run.buffers:
@@ -284,6 +287,17 @@ class _Tracer(TorchDispatchMode):
         return self.run
 
 
+def _tensors(nested: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and dataclasses."""
+    found = []
+    for leaf in tree_leaves(nested):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, f.name) for f in fields(leaf)])
+    return found
+
+
 def _outer_modules(model: nn.Module) -> list[tuple[str, nn.Module, bool]]:
     """(name, module, whole) of every module that is not inside a whole one."""
     found: list[tuple[str, nn.Module, bool]] = []
@@ -291,7 +305,7 @@ def _outer_modules(model: nn.Module) -> list[tuple[str, nn.Module, bool]]:
     def walk(name: str, module: nn.Module) -> None:
         children = dict(module.named_children())
         whole = isinstance(module, _WHOLE) or not children
-        found.append((name or ("model" if whole else ""), module, whole))
+        found.append((name or (WHOLE if whole else ""), module, whole))
         if not whole:
             for child, sub in children.items():
                 walk(f"{name}.{child}" if name else child, sub)

@@ -12,7 +12,7 @@ from torch import nn
 from core.figures import Basis, Estimated, Figure, Figures, Measured
 from core.hardware.energy import ERROR_BAND, Energy, assumptions, energy
 from core.hardware.memory import Choice, MemoryPlan, dtype_of, plan
-from core.hardware.profile import LayerProfile, Matrix, parameters_of, trace
+from core.hardware.profile import WHOLE, LayerProfile, Matrix, parameters_of, trace
 from core.hardware.roofline import LANES, LayerCost, bits_of_weight, roofline
 from core.hardware.targets import BITS, Target
 from core.kit import Graph, InputError
@@ -20,6 +20,7 @@ from core.kit import Graph, InputError
 T = TypeVar("T")
 
 _NAMED = 5  # layers named in one sentence
+_NOTABLE = 0.05  # share of the time from which memory-bound layers are worth a warning
 _SPARSE = 0.3  # share of zeros from which a layer is meant to be sparse
 
 
@@ -140,7 +141,7 @@ def will_it_be_faster(
         costs = roofline(layers, target, precision, weight_bits)
         bound = [c for c in costs if c.memory_bound]
         share = sum(c.seconds for c in bound) / (sum(c.seconds for c in costs) or 1.0)
-        if bound:
+        if share >= _NOTABLE:
             slowest = sorted(bound, key=lambda c: -c.seconds)
             named = _list(_unique(c.layer.name for c in slowest))
             warnings.append(f"Bound by memory, so fewer operations do not help ({share:.0%} of the time): {named}.")
@@ -180,7 +181,9 @@ def _survey(model: nn.Module, graphs: Sequence[Graph], precision: Choice) -> tup
     for graph in graphs:
         prefix = f"{graph.part}." if graph.part else ""
         run = trace(graph.module(model), tuple(graph.inputs.values()))
-        layers += [replace(layer, name=prefix + layer.name) for layer in run.layers]
+        for layer in run.layers:
+            whole = bool(graph.part) and layer.name == WHOLE  # the part is itself one layer, which has a name here
+            layers.append(replace(layer, name=graph.part if whole else prefix + layer.name))
         plans.append(plan(run, precision, prefix))
     return layers, max(plans, key=lambda p: p.arena)
 

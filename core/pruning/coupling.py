@@ -225,15 +225,20 @@ class _Trace:
             with watch:
                 return net(*example)
 
-        watch = _Watch()
+        def nodes_with_sizes(*args: Any, **kwargs: Any) -> Any:
+            nodes = plain_nodes(*args, **kwargs)
+            for node in nodes.values():
+                if node.grad_fn in watch.joins and hasattr(node.module, "concat_sizes"):
+                    node.module.concat_sizes = watch.joins[node.grad_fn]
+            return nodes
+
+        watch, self.graph = _Watch(), DependencyGraph()
+        plain_nodes, self.graph._trace = self.graph._trace, nodes_with_sizes  # before it derives any offsets
         with torch.enable_grad():
-            self.graph = DependencyGraph().build_dependency(
+            self.graph.build_dependency(
                 traced, inputs, forward_fn=forward, output_transform=differentiable, verbose=False
             )
         self.parts = watch.parts
-        for node in self.graph.module2node.values():
-            if node.grad_fn in watch.joins and hasattr(node.module, "concat_sizes"):
-                node.module.concat_sizes = watch.joins[node.grad_fn]
         self.names: dict[Any, str] = {module: name for name, module in traced.named_modules()}
         self.names |= {parameter: name for name, parameter in traced.named_parameters()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from core.pruning.importance import loss_mode
 from core.pruning.surgery import Key, channels, find, shallow, shrink, structure_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
+_Change = tuple[float, float, tuple[tuple[int, int], ...]]  # miss of the target, harm, (group, channels to keep) ...
 _TOLERANCE = 0.01
 _BROKEN = 1e9  # the rise where the loss became infinite or not a number
 
@@ -85,9 +86,9 @@ def allocate(
 
     Without curves the group that has lost the smallest share of its channels goes next, one rounding
     step at a time. With curves it is the move of least predicted rise of the loss for its saving, over
-    all moves of all groups (the incremental greedy for knapsacks with several choices a group). Single
-    groups then change back or forth until the target is met within 1 % of the cost, or no step of the
-    rounding comes nearer. Raises InputError when the target is out of reach.
+    all moves of all groups (the incremental greedy for knapsacks with several choices a group). Groups
+    then change back or forth until the target is met within 1 % of the cost, or no step of the rounding
+    comes nearer. Raises InputError when the target is out of reach.
     """
     state = _State(model, groups, cost)
     keepable = [group.keepable(round_to) for group in groups]
@@ -113,13 +114,14 @@ def allocate(
 def _settle(
     state: _State, keepable: Sequence[Sequence[int]], curves: Sequence[Curve] | None, target: float, tolerance: float
 ) -> None:
-    """Change one group at a time until the target is met within the tolerance, or no change comes nearer.
+    """Change one group, or two where one is not enough, until the target is met within the tolerance.
 
-    Among the changes that meet it the one with the least predicted rise is taken, or without curves the
-    one that changes the fewest channels.
+    Stops where no such change comes nearer. Among changes that meet the target the one with the least
+    predicted rise is taken, or without curves the one that changes the fewest channels.
     """
-    while abs(state.value - target) > tolerance:
-        options = []
+
+    def changes() -> list[_Change]:
+        found: list[_Change] = []
         for index, counts in enumerate(keepable):
             for keep in (*counts, state.full(index)):
                 miss = abs(state.value - state.saving(index, keep) - target)
@@ -127,11 +129,25 @@ def _settle(
                     harm = float(abs(keep - state.keep[index]))
                 else:
                     harm = curves[index].at(keep) - curves[index].at(state.keep[index])
-                options.append((max(miss, tolerance), harm, index, keep))
-        miss, _, index, keep = min(options)
-        if miss >= abs(state.value - target):
+                found.append((max(miss, tolerance), harm, ((index, keep),)))
+        return found
+
+    def double_changes() -> Iterator[_Change]:
+        for _, first_harm, ((index, keep),) in changes():
+            old = state.keep[index]
+            state.set(index, keep)
+            for miss, harm, second in changes():
+                yield miss, first_harm + harm, ((index, keep), *second)
+            state.set(index, old)
+
+    while (off := abs(state.value - target)) > tolerance:
+        best = min(changes())
+        if best[0] >= off:
+            best = min(double_changes())
+        if best[0] >= off:
             return
-        state.set(index, keep)
+        for index, keep in best[2]:
+            state.set(index, keep)
 
 
 def _cheapest(

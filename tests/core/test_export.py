@@ -6,17 +6,20 @@ import copy
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from core import export as export_module
 from core.export import Artifact, ParityError, export
+from core.export import audit as audit_module
+from core.export import onnx as onnx_module
 from core.export.artifact import need_room, replacing
 from core.export.audit import audit_file, without_vnni
 from core.export.layers import Layers
@@ -89,8 +92,6 @@ def artifact(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture
 def own(artifact: Artifact, tmp_path: Path) -> Path:
     """A copy of the artifact that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(artifact.folder, tmp_path / "artifact"))
 
 
@@ -213,7 +214,7 @@ def test_full_range_weights_are_warned_of_without_vnni(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, peak: int, vnni: bool, warned: bool
 ) -> None:
     flags = ("avx2", "avx512_vnni") if vnni else ("avx2",)
-    monkeypatch.setattr("core.export.audit.processor", lambda: ("a processor", flags))
+    monkeypatch.setattr(audit_module, "processor", lambda: ("a processor", flags))
     model = qdq_model(peak)
     onnx.save(model, tmp_path / "m.onnx")
     found = audit_file(runtime, tmp_path / "m.onnx", Layers(model, ["conv"]), "g", "int8", {"conv"})
@@ -225,8 +226,6 @@ def test_full_range_weights_are_warned_of_without_vnni(
 @pytest.mark.skipif(not without_vnni(), reason="needs an AVX2 processor without VNNI")
 def test_the_saturation_warned_of_is_real() -> None:
     """All-equal weights and activations: 127 weights overflow the 16-bit sums, 63 ones do not."""
-    import onnxruntime
-
     gaps = {}
     for peak in (63, 127):
         model = qdq_model(peak)
@@ -265,7 +264,7 @@ def test_parity_error_keeps_the_old_artifact(
     model = onnx.load(artifact.folder / "fp32/main.onnx")
     weight = next(t for t in model.graph.initializer if t.name == "stem.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + 0.1, weight.name))
-    monkeypatch.setattr(export_module.onnx, "to_onnx", lambda _module, _graph: model)
+    monkeypatch.setattr(onnx_module, "to_onnx", lambda _module, _graph: model)
     with pytest.raises(ParityError, match=r"disagrees with torch.*the first layer that drifts is stem "):
         export({"fp32": net}, [GRAPH], "this-host", own, kit="demo", runtimes=["onnxruntime"])
     assert Artifact.open(own).sha256 == artifact.sha256

@@ -382,16 +382,16 @@ def test_fit_notes_a_fallback_and_fails_without_one(tmp_path):
 
 def test_warnings_name_layers(tmp_path):
     model = nn.Sequential(
-        nn.Conv2d(16, 30, 3, padding=1), nn.Conv2d(30, 30, 1, groups=30), nn.Conv2d(30, 256, 3), nn.Conv2d(256, 256, 3)
+        nn.Conv2d(16, 30, 3, padding=1), nn.Conv2d(30, 30, 1, groups=30), nn.Conv2d(30, 64, 1), nn.Conv2d(64, 8, 3)
     )
     x = torch.randn(1, 16, 16, 16)
-    box = device(tmp_path)
+    box = device(tmp_path, peak={"fp32": number(1e12, "op/s"), "int8": number(4e12, "op/s")})
     said = will_it_be_faster(model, graph(x), box, "fp16")
     assert said[0] == "No fp16 on round device: 0, 1, 2, 3 would fall back to fp32, no faster."
-    odd = "0 (16 to 30), 1 (30 to 30), 2 (30 to 256)"
+    odd = "0 (16 to 30), 1 (30 to 30), 2 (30 to 64)"
     assert said[1] == f"Channels that are no multiple of 8 leave vector lanes idle: {odd}."
     bound = next(s for s in said if s.startswith("Bound by memory"))
-    assert bound.endswith("of the time): 1.")
+    assert bound.endswith("of the time): 2, 1.")
     aligned = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
     assert will_it_be_faster(aligned, graph(torch.randn(1, 64, 32, 32)), box, "int8") == []
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from core.kit import InputError
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
-VALIDATION_GROUPS = ("group44000", "group50600")
+VALIDATION_GROUPS = ("group50600",)
 HOLDOUT_GROUPS = ("group77000",)
 SPLITS = ("train", "val", "holdout", "trainval", "test")
 SHARE = 0.15  # of the groups, to validation and again to holdout, where the boards are not DeepPCB's

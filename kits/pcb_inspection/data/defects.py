@@ -27,6 +27,7 @@ REACH = 90  # pixels, the widest trace or gap that a stroke crosses
 FREQUENCY = np.array([1283, 1028, 1379, 1142, 1010, 1031]) / 6873  # of the classes in trainval.txt
 LENGTH = {"mousebite": (16.5, 0.42), "spur": (17.5, 0.36), "copper": (26.0, 0.42), "pin-hole": (25.0, 0.42)}
 WIDTH = {"open": 5.5, "short": 5.5, "mousebite": 5.5, "spur": 6.0, "copper": 7.5, "pin-hole": 6.5}  # of the pen
+CORNERS = 0.15  # share of the opens that cut off a corner and not a trace
 TRIES = 40
 
 Points = NDArray[np.float64]
@@ -167,6 +168,8 @@ class Board:
     def _cut(self, kind: str, removes: bool, rng: np.random.Generator) -> Stroke | None:
         """A stroke across a trace (open) or across the gap between two (short)."""
         points, normals, widths = self._crossings(removes, rng)
+        if removes and len(points) and widths[0] > 24 and rng.random() < CORNERS:
+            return _loop(points[0], normals[0], rng)
         if not len(closed := np.flatnonzero(widths < REACH)):
             return None
         weights = widths[closed] ** -1.5
@@ -327,6 +330,16 @@ def _wobbly(start: Points, end: Points, rng: np.random.Generator, bend: float) -
     bow = np.sin(math.pi * t) * np.array([-along[1], along[0]]) * rng.normal(0, bend or 1e-9)
     tremor = rng.normal(0, 0.7 if bend else 0.0, (5, 2)) * np.sin(math.pi * t)
     return np.asarray(start + along * t + bow + tremor)
+
+
+def _loop(point: Points, normal: Points, rng: np.random.Generator) -> Stroke:
+    """An arc about an edge point that cuts the piece within off, as drawn around the corners of pads."""
+    middle = math.atan2(normal[1], normal[0])
+    reach = math.radians(rng.uniform(100, 140))
+    angles = np.linspace(middle - reach, middle + reach, 9)
+    radii = rng.uniform(9, 20) * rng.uniform(0.85, 1.15, 9)
+    path = point + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return Stroke.of(path, [float(rng.uniform(3, 6))] * 8)
 
 
 def _scribble(centre: Points, length: float, rng: np.random.Generator) -> Stroke:

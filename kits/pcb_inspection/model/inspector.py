@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from torch import nn
 from core.evaluation.detection import suppress
 from kits.pcb_inspection.model.decode import FLOOR, decode
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
-from kits.pcb_inspection.model.pair import Grey, Registration, binarise, register, stack
+from kits.pcb_inspection.model.pair import MAX_SHIFT, Grey, Registration, binarise, level, register, stack
 
 TILE = 640
 """Side of the network's input in pixels."""
@@ -21,13 +22,17 @@ OVERLAP = 192
 """Pixels that neighbouring tiles share: a defect up to this long is whole in the tile that owns its centre."""
 _SLACK = 8.0
 _CONTAINED = 0.7
+_AT_EDGE = MAX_SHIFT + 8.0
+"""A box that ends this near the side of its tile is cut there: where the template moved, the rim shows nothing."""
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Inspection:
     """Detections (n, 6) x1 y1 x2 y2 score label in pixels, best first, and the registration of every tile."""
 
-    detections: NDArray[np.float32]
+    detections: Floats
     registrations: tuple[Registration, ...]
 
     @property
@@ -36,66 +41,105 @@ class Inspection:
         return max(r.residual for r in self.registrations)
 
 
-def inspect(module: nn.Module, test: Grey, template: Grey, *, floor: float = FLOOR, on_tile: Callable[[], None] | None = None) -> Inspection:
+def inspect(
+    module: nn.Module,
+    test: Grey,
+    template: Grey,
+    *,
+    floor: float = FLOOR,
+    scale: float = 1.0,
+    on_tile: Callable[[], None] | None = None,
+) -> Inspection:
     """Find the defects of a tested image against its template, both grey uint8 (H, W) of any size.
 
     Larger images go through the network tile by tile. Each tile owns the detections whose centre lies
-    in its part of the image; what two tiles still both claim, within 8 px of a seam, is suppressed.
+    in its part of the image; what two tiles both claim, within 8 px of a seam, is suppressed, and the
+    parts of a defect that no tile shows whole are joined. `scale` is the network's resolution over the
+    image's; tiles are resized one at a time, so that beyond the images themselves memory stays that of a tile.
     """
+    levels = level(test), level(template)
+    sure: list[Floats] = []
+    doubtful: list[Floats] = []  # near a seam, where another tile may have seen the same
+    tiles: list[Floats] = []  # the tile of each doubtful one; the image's own sides are infinite
+    registrations = []
     height, width = test.shape
-    found, registrations = [], []
-    for top, bottom, owned_rows in spans(height):
-        for left, right, owned_columns in spans(width):
+    slack, near = _SLACK / scale, _AT_EDGE / scale
+    for top, bottom, rows in spans(height, scale):
+        for left, right, columns in spans(width, scale):
             here = np.s_[top:bottom, left:right]
-            part, registration = _inspect_tile(module, test[here], template[here], floor)
-            x, y = (part[:, 0] + part[:, 2]) / 2 + left, (part[:, 1] + part[:, 3]) / 2 + top
-            mine = (
-                (x >= owned_columns[0] - _SLACK) & (x < owned_columns[1] + _SLACK)
-                & (y >= owned_rows[0] - _SLACK) & (y < owned_rows[1] + _SLACK)
-            )  # fmt: skip
-            found.append(part[mine] + np.array([left, top, left, top, 0, 0], np.float32))
+            part, registration = _inspect_tile(module, test[here], template[here], levels, scale, floor)
+            part[:, :4] += np.array([left, top, left, top], np.float32)
+            sides = np.array(
+                (
+                    left or -np.inf,
+                    top or -np.inf,
+                    right if right < width else np.inf,
+                    bottom if bottom < height else np.inf,
+                ),
+                np.float32,
+            )
+            mine = _owned(part, columns, rows, slack)
+            safe = _owned(part, columns, rows, -slack) & ~_cut(part, sides, near).any(1)
+            sure.append(part[safe])
+            doubtful.append(part[mine & ~safe])
+            tiles.append(np.tile(sides, (len(doubtful[-1]), 1)))
             registrations.append(registration)
             if on_tile is not None:
                 on_tile()
-    detections = np.concatenate(found)
-    if len(found) > 1:
+    joined = _joined(np.concatenate(doubtful), np.concatenate(tiles), near)
+    detections = np.concatenate([*sure, joined])
+    if len(registrations) > 1:
         detections = detections[suppress(detections[:, :4], detections[:, 4], IOU)]
-        detections = _without_parts(detections)
     return Inspection(detections, tuple(registrations))
 
 
-def tile_count(height: int, width: int) -> int:
+def tile_count(height: int, width: int, scale: float = 1.0) -> int:
     """How many tiles an image is cut into."""
-    return sum(1 for _ in spans(height)) * sum(1 for _ in spans(width))
+    return sum(1 for _ in spans(height, scale)) * sum(1 for _ in spans(width, scale))
 
 
-def spans(length: int) -> Iterator[tuple[int, int, tuple[float, float]]]:
+def spans(length: int, scale: float = 1.0) -> Iterator[tuple[int, int, tuple[float, float]]]:
     """(start, end, owned interval) of the tiles along one side; the owned intervals cover it without overlap."""
-    if length <= TILE:
+    tile, overlap = int(TILE / scale), int(OVERLAP / scale)
+    if length <= tile:
         yield 0, length, (-np.inf, np.inf)
         return
-    count = -(-(length - OVERLAP) // (TILE - OVERLAP))
-    starts = [round(i * (length - TILE) / (count - 1)) for i in range(count)]
-    borders = [-np.inf, *((a + TILE + b) / 2 for a, b in zip(starts, starts[1:], strict=False)), np.inf]
+    count = -(-(length - overlap) // (tile - overlap))
+    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    borders = [-np.inf, *((a + tile + b) / 2 for a, b in zip(starts, starts[1:], strict=False)), np.inf]
     for start, low, high in zip(starts, borders, borders[1:], strict=False):
-        yield start, start + TILE, (low, high)
+        yield start, start + tile, (low, high)
 
 
-def _inspect_tile(module: nn.Module, test: Grey, template: Grey, floor: float) -> tuple[NDArray[np.float32], Registration]:
+def _inspect_tile(
+    module: nn.Module, test: Grey, template: Grey, levels: tuple[int, int], scale: float, floor: float
+) -> tuple[Floats, Registration]:
+    """The detections of one tile in its own pixels, and how the template was registered."""
+    size = np.array(test.shape[::-1] * 2, np.float32)
+    if scale != 1:
+        test, template = _resize(test, scale), _resize(template, scale)
     height, width = test.shape
-    test, template = binarise(test), binarise(template)
+    test, template = binarise(test, levels[0]), binarise(template, levels[1])
     template, registration = register(test, template)
-    planes = stack(test, template)
-    if planes.shape[1:] != (TILE, TILE):  # bare board around an image smaller than a tile
-        padded = np.zeros((4, TILE, TILE), np.uint8)
-        padded[:2] = 255
-        padded[:, :height, :width] = planes
-        planes = padded
+    planes = pad(stack(test, template), TILE, TILE)
     with torch.inference_mode():
         logits, distances = module(to_input(planes))
     found = decode(logits[0].numpy(), distances[0].numpy(), floor)
-    found[:, :4] = found[:, :4].clip(0, np.array([width, height, width, height], np.float32))
-    return found[(found[:, 2] - found[:, 0] >= 1) & (found[:, 3] - found[:, 1] >= 1)], registration
+    inside = np.array([width, height, width, height], np.float32)
+    found[:, :4] = found[:, :4].clip(0, inside)
+    found = found[(found[:, 2] - found[:, 0] >= 1) & (found[:, 3] - found[:, 1] >= 1)]
+    found[:, :4] *= size / inside
+    return found, registration
+
+
+def pad(planes: Grey, height: int, width: int) -> Grey:
+    """Planes (4, H, W) with bare board to the right and below, so that they measure (4, height, width)."""
+    if planes.shape[1:] == (height, width):
+        return planes
+    padded = np.zeros((4, height, width), np.uint8)
+    padded[:2] = 255
+    padded[:, : planes.shape[1], : planes.shape[2]] = planes
+    return padded
 
 
 def to_input(planes: Grey) -> torch.Tensor:
@@ -103,15 +147,49 @@ def to_input(planes: Grey) -> torch.Tensor:
     return torch.from_numpy(np.multiply(planes, np.float32(1 / 255), dtype=np.float32))[None]
 
 
-def _without_parts(detections: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Drop a weaker detection that lies mostly inside a stronger one of the same class, as a cut at a seam does."""
-    kept: list[int] = []
-    for i, (x1, y1, x2, y2, _, label) in enumerate(detections):
-        near = detections[kept] if kept else detections[:0]
-        near = near[near[:, 5] == label]
-        wide = (np.minimum(near[:, 2], x2) - np.maximum(near[:, 0], x1)).clip(0)
-        high = (np.minimum(near[:, 3], y2) - np.maximum(near[:, 1], y1)).clip(0)
-        smaller = np.minimum((near[:, 2] - near[:, 0]) * (near[:, 3] - near[:, 1]), (x2 - x1) * (y2 - y1))
-        if not len(near) or (wide * high / smaller).max() < _CONTAINED:
-            kept.append(i)
-    return detections[kept]
+def _resize(image: Grey, scale: float) -> Grey:
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return np.asarray(
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), np.uint8
+    )
+
+
+def _owned(found: Floats, columns: tuple[float, float], rows: tuple[float, float], slack: float) -> NDArray[np.bool_]:
+    """Whether the centre of each detection lies in a tile's own part of the image, widened by `slack`."""
+    x, y = (found[:, 0] + found[:, 2]) / 2, (found[:, 1] + found[:, 3]) / 2
+    across = (x >= columns[0] - slack) & (x < columns[1] + slack)
+    return across & (y >= rows[0] - slack) & (y < rows[1] + slack)
+
+
+def _cut(found: Floats, tiles: Floats, near: float) -> NDArray[np.bool_]:
+    """At which sides (n, 4) of their tiles detections end."""
+    return np.abs(found[:, :4] - tiles) <= near
+
+
+def _joined(found: Floats, tiles: Floats, near: float) -> Floats:
+    """Join what different tiles saw of one defect: the box around the parts, with the score and class of the best.
+
+    Detections (n, 6) and the tile (n, 4) of each. A detection that is owned by its tile and cut at its side (ends
+    within `near` of it) is longer than the overlap, so it crosses all of it: it goes on in a detection of the same
+    class that the other tile cut on the side facing it. A detection that lies mostly in one of another tile is a
+    part of it, where it is cut or has the same class: two tiles drew one defect differently.
+    """
+    cut = _cut(found, tiles, near)
+    facing = cut[:, [2, 3, 0, 1]]
+    area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
+    group = np.arange(len(found))
+    for i, (x1, y1, x2, y2, _, label) in enumerate(found):
+        wide = (np.minimum(found[:, 2], x2) - np.maximum(found[:, 0], x1)).clip(0)
+        shared = wide * (np.minimum(found[:, 3], y2) - np.maximum(found[:, 1], y1)).clip(0)
+        alike = found[:, 5] == label
+        goes_on = alike & (shared > 0) & (facing & cut[i]).any(1)
+        part = (alike | cut[i].any()) & (area >= area[i]) & (shared >= _CONTAINED * area[i])
+        for other in group[(goes_on | part) & (tiles != tiles[i]).any(1)]:
+            group[group == other] = group[i]
+    whole = []
+    for number in np.unique(group):
+        parts = found[group == number]
+        best = parts[parts[:, 4].argmax()].copy()
+        best[:2], best[2:4] = parts[:, :2].min(0), parts[:, 2:4].max(0)
+        whole.append(best)
+    return np.stack(whole) if whole else found

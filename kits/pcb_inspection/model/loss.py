@@ -41,12 +41,15 @@ def giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def assign(scores: Tensor, boxes: Tensor, points: Tensor, truth: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def assign(
+    scores: Tensor, boxes: Tensor, points: Tensor, truth: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which cells learn which box of one image: (cells, boxes, quality in 0..1).
 
     scores (A, 6) are probabilities, boxes (A, 4) predictions, truth (G, 4), labels (G,). A cell can
-    learn a box that contains its centre; the TOP_CELLS best by score^0.5 * IoU^3 do, and the best of
-    them has quality 1. A cell wanted by two boxes goes to the one where it fits better.
+    learn a box that contains its centre; the TOP_CELLS best by score^0.5 * IoU^3 and closeness to the
+    box's centre do, and the best of them has quality 1. A cell wanted by two boxes goes to the one where
+    it fits better.
     """
     inside = torch.cat((points[None] - truth[:, None, :2], truth[:, None, 2:] - points[None]), -1).amin(-1) > 0
     # the centre cell always counts, also for a box so thin that no centre lies in it

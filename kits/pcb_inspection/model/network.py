@@ -51,7 +51,9 @@ class PairDetector(nn.Module):
     distances are log(left, top, right, bottom / 8 px) from the centre of the cell to the box's sides.
     """
 
-    def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 128), blocks: tuple[int, int, int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, widths: tuple[int, int, int, int] = (24, 48, 96, 128), blocks: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
         super().__init__()
         c4, c8, c16, c32 = widths
         self.stem = ConvBlock(4, c4, 4, 4)

@@ -35,12 +35,24 @@ class Registration:
     warped: bool
 
 
-def binarise(image: Grey) -> Grey:
-    """0 for copper, 255 for bare board; a grey photograph is cut at Otsu's level, a binary one at 128."""
-    middle = np.count_nonzero((image[::8, ::8] > 40) & (image[::8, ::8] < 215))
-    if middle > 0.2 * image[::8, ::8].size:
-        return cv2.threshold(image, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[1].astype(np.uint8)
-    return cv2.threshold(image, LEVEL - 1, 255, cv2.THRESH_BINARY)[1].astype(np.uint8)
+def level(image: Grey) -> int:
+    """The grey level up to which pixels are copper: Otsu's for a grey photograph, 127 for a binary image.
+
+    Found once for a whole image: a tile of a scan that shows bare board alone has no level of its own. Of
+    more than 4 million pixels a regular sample is looked at.
+    """
+    sample = image[::8, ::8]
+    if np.count_nonzero((sample > 40) & (sample < 215)) <= 0.2 * sample.size:
+        return LEVEL - 1
+    step = max(1, round((image.size / 4e6) ** 0.5))
+    sample = np.ascontiguousarray(image[::step, ::step])
+    return int(cv2.threshold(sample, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[0])
+
+
+def binarise(image: Grey, highest: int | None = None) -> Grey:
+    """0 for copper (grey levels up to `highest`, by default `level(image)`), 255 for bare board."""
+    highest = level(image) if highest is None else highest
+    return np.asarray(cv2.threshold(image, highest, 255, cv2.THRESH_BINARY)[1], np.uint8)
 
 
 def register(test: Grey, template: Grey) -> tuple[Grey, Registration]:
@@ -78,25 +90,22 @@ def _differing(test: Grey, template: Grey) -> float:
     return cv2.countNonZero(cv2.bitwise_xor(test, template)) / test.size
 
 
-def _overlap(test: Grey, template: Grey, dx: int, dy: int) -> tuple[Grey, Grey]:
-    """The parts of both images that cover each other when the template moves by (dx, dy)."""
-    height, width = test.shape
-    t = test[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
-    r = template[max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)]
-    return t, r
-
-
 def _climb(test: Grey, template: Grey, start: tuple[int, int], reach: int) -> tuple[tuple[int, int], float]:
     """Walk from a shift to the neighbouring one with fewer differing pixels until there is none.
 
-    A quarter of the rows is counted, which ranks shifts as well as all of them do.
+    All shifts are compared on the same pixels, those that every shift covers: else one that pushes a defect
+    over the rim would win. A quarter of the rows is counted, which ranks shifts as well as all of them do.
     """
     known: dict[tuple[int, int], float] = {}
+    reach = min(reach, min(test.shape) // 4)  # half of a small image goes on being compared
+    height, width = test.shape
+    inner = test[reach : height - reach : 4, reach : width - reach]
 
     def cost(shift: tuple[int, int]) -> float:
         if shift not in known:
-            t, r = _overlap(test, template, *shift)
-            known[shift] = _differing(t[::4], r[::4])
+            dx, dy = shift
+            under = template[reach - dy : height - reach - dy : 4, reach - dx : width - reach - dx]
+            known[shift] = _differing(inner, under)
         return known[shift]
 
     best = start
@@ -106,6 +115,8 @@ def _climb(test: Grey, template: Grey, start: tuple[int, int], reach: int) -> tu
         if all(cost(best) <= cost(s) for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach):
             steps = [(x - 1, y - 1), (x + 1, y - 1), (x - 1, y + 1), (x + 1, y + 1)]
         steps = [s for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach]
+        if not steps:
+            return best, cost(best)
         closest = min(steps, key=cost)
         if cost(closest) >= cost(best):
             return best, cost(best)
@@ -124,26 +135,34 @@ def _coarse(test: Grey, template: Grey) -> tuple[int, int]:
 def _shift(test: Grey, template: Grey, dx: int, dy: int) -> Grey:
     moved = test.copy()
     height, width = test.shape
-    target = moved[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
-    target[:] = _overlap(test, template, dx, dy)[1]
+    covered = template[max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)]
+    moved[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)] = covered
     return moved
 
 
 def _by_tiles(test: Grey, template: Grey, shift: tuple[int, int], moved: Grey) -> bool:
-    """Move each tile of `moved` (changed in place) by its own best local shift; True when one moved."""
+    """Move each tile of `moved` (changed in place) by its own best local shift; True when tiles moved.
+
+    A stretch or turn moves many tiles. One that would move alone has a defect that looks like an edge moved.
+    """
     height, width = test.shape
     rows, columns = height // _TILE, width // _TILE
-    any_moved = False
+    moves = []
     for i in range(rows):
         for j in range(columns):
-            top, bottom = i * height // rows, (i + 1) * height // rows
-            left, right = j * width // columns, (j + 1) * width // columns
-            tile = test[top:bottom, left:right]
-            (dx, dy), _ = _climb(tile, moved[top:bottom, left:right], (0, 0), _LOCAL)
+            here = np.s_[
+                i * height // rows : (i + 1) * height // rows, j * width // columns : (j + 1) * width // columns
+            ]
+            (dx, dy), _ = _climb(test[here], moved[here], (0, 0), _LOCAL)
             if dx or dy:
-                x, y = left - shift[0] - dx, top - shift[1] - dy  # where this tile comes from in the template
-                t, b = max(0, -y), min(bottom - top, template.shape[0] - y)
-                l, r = max(0, -x), min(right - left, template.shape[1] - x)
-                moved[top + t : top + b, left + l : left + r] = template[y + t : y + b, x + l : x + r]
-                any_moved = True
-    return any_moved
+                moves.append((here, dx, dy))
+    if len(moves) < 2:
+        return False
+    for (down, across), dx, dy in moves:
+        x, y = across.start - shift[0] - dx, down.start - shift[1] - dy  # where this tile comes from in the template
+        tile = moved[down, across]
+        y1, y2 = max(0, -y), min(tile.shape[0], height - y)
+        x1, x2 = max(0, -x), min(tile.shape[1], width - x)
+        tile[:] = test[down, across]  # stays where the template does not reach
+        tile[y1:y2, x1:x2] = template[y + y1 : y + y2, x + x1 : x + x2]
+    return True
