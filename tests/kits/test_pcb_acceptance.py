@@ -260,32 +260,34 @@ LADDER = ((0.9, True), (0.8, True), (0.7, True), (0.6, False), (0.5, False), (0.
 
 
 def test_threshold_lies_in_the_middle_of_a_gap():
-    assert freeze_threshold(*ladder(*LADDER), objective="f") == pytest.approx(0.65)  # F 6/7 against 8/11 at the end
+    assert freeze_threshold(*ladder(*LADDER), slack=0) == pytest.approx(0.65)  # F 6/7 against 8/11 at the end
 
 
 def test_threshold_gives_up_f_for_recall_where_it_can():
-    assert freeze_threshold(*ladder(*LADDER)) == pytest.approx((0.3 + 0.01) / 2)
-    assert freeze_threshold(*ladder(*LADDER), recall_floor=75) == pytest.approx(0.65)
-    assert freeze_threshold(*ladder(*LADDER[:6])) == pytest.approx(0.65)  # the fourth defect is never found
+    lost = 100 * (6 / 7 - 8 / 11)  # what the last detection costs
+    assert freeze_threshold(*ladder(*LADDER), slack=lost + 0.01) == pytest.approx((0.3 + 0.01) / 2)
+    assert freeze_threshold(*ladder(*LADDER), slack=lost - 0.01) == pytest.approx(0.55)  # F 6/8 there
+    assert freeze_threshold(*ladder(*LADDER), slack=5) == pytest.approx(0.65)
+    assert freeze_threshold(*ladder(*LADDER[:6]), slack=20) == pytest.approx(0.45)  # F 6/9 there
 
 
 def test_threshold_keeps_equal_scores_together():
     predictions, truths = ladder((0.9, True), (0.7, True), (0.7, False), (0.7, True), (0.2, False))
-    assert freeze_threshold(predictions, truths, objective="f") == pytest.approx(0.45)
+    assert freeze_threshold(predictions, truths, slack=0) == pytest.approx(0.45)
 
 
 def test_threshold_between_neighbouring_numbers_still_divides_them():
     high = 0.5
     low = np.nextafter(high, 0)
     predictions, truths = ladder((0.9, True), (high, True), (low, False), (0.1, False))
-    threshold = freeze_threshold(predictions, truths, objective="f")
+    threshold = freeze_threshold(predictions, truths, slack=0)
     assert low < threshold <= high
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_threshold_beats_the_frozen_one(seed):
     predictions, truths, groups = random_set(seed)
-    frozen = values(score(predictions, truths, freeze_threshold(predictions, truths, objective="f"), groups))
+    frozen = values(score(predictions, truths, freeze_threshold(predictions, truths, slack=0), groups))
     assert frozen["official_f"] == pytest.approx(frozen["f_best"])
 
 
