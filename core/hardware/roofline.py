@@ -58,8 +58,8 @@ def roofline(
 
     Activations are served by the nearest memory that holds the layer's inputs and outputs, weights by the
     nearest that holds all weights together, since they are read anew for every inference. Fused
-    element-wise layers cost nothing. A layer that falls back moves its activations in the wider type. Raises InputError where the target computes in no data type that
-    can stand for a layer's.
+    element-wise layers cost nothing. A layer that falls back moves its activations in the wider type.
+    Raises InputError where the target computes in no data type that can stand for a layer's.
     """
     total = sum(weight_bytes(layer, precision, weight_bits) for layer in layers)
     weights = target.level_for("weights", total)

@@ -52,6 +52,7 @@ def exported(architecture: str, weights: Path | None = None) -> Path:
 
     `weights` are those of `train_yolo`; None gives the architecture with random weights.
     """
+    _check(architecture)
     place = cache_folder(f"{architecture}-640-{len(CLASSES)}", [weights] if weights else [])
     if not place.is_dir():
         with tempfile.TemporaryDirectory(dir=place.parent) as work:
@@ -87,7 +88,9 @@ def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path) ->
     return table
 
 
-def train_yolo(architecture: str, train: Sequence[Pair], val: Sequence[Pair], out: Path, epochs: int, resume: bool = False) -> Path:
+def train_yolo(
+    architecture: str, train: Sequence[Pair], val: Sequence[Pair], out: Path, epochs: int, resume: bool = False
+) -> Path:
     """Train a YOLO from random weights on the same boards, by Ultralytics' own trainer; returns its best weights."""
     last = out / "runs" / "train" / "weights" / "last.pt"
     if resume and last.is_file():
@@ -95,8 +98,8 @@ def train_yolo(architecture: str, train: Sequence[Pair], val: Sequence[Pair], ou
     else:
         table = write_yolo_dataset(train, val, out / "dataset")
         _yolo(architecture, None).train(
-            data=str(table), epochs=epochs, imgsz=TILE, batch=16, project=str(out / "runs"), name="train", exist_ok=True,
-            pretrained=False, device="cpu", workers=1, plots=False,
+            data=str(table), epochs=epochs, imgsz=TILE, batch=16, project=str(out / "runs"), name="train",
+            exist_ok=True, pretrained=False, device="cpu", workers=1, plots=False,
         )  # fmt: skip
     return last.with_name("best.pt")
 
@@ -109,11 +112,17 @@ def detect_yolo(weights: Path, architecture: str, pairs: Sequence[Pair], threads
     return {p.image_id: _detect(module, np.repeat(p.load()[0][None, None], 3, 1)) for p in pairs}
 
 
-def _yolo(architecture: str, weights: Path | None) -> Any:
+def _check(architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise InputError(f"YOLO {architecture!r} is not known here; known are {', '.join(ARCHITECTURES)}")
+
+
+def _yolo(architecture: str, weights: Path | None) -> Any:
+    _check(architecture)
     if not available():
-        raise InputError("the YOLO baseline needs ultralytics (AGPL-3.0); install it with: pip install 'fitkit[baseline]'")
+        raise InputError(
+            "the YOLO baseline needs ultralytics (AGPL-3.0); install it with: pip install 'fitkit[baseline]'"
+        )
     os.environ.setdefault("YOLO_VERBOSE", "false")  # read when ultralytics is first imported
     from ultralytics import YOLO
     from ultralytics.nn.tasks import DetectionModel

@@ -11,14 +11,21 @@ from core.compress import file_hash
 from core.figures import today
 
 SHOWN = (
-    ("map33", "mean AP per class at IoU 0.33"), ("official_ap", "DeepPCB's pooled AP"), ("official_f", "F-score at the threshold"),
-    ("map50", "mAP50"), ("map5095", "mAP50-95"), ("recall_any", "recall, any class"), ("recall_right", "recall, right class"),
-    ("recall_half_mm", "recall of defects of 0.5 mm or more"), ("precision", "precision"), ("overkill_rate", "good boards rejected"),
+    ("map33", "mean AP per class at IoU 0.33"), ("official_ap", "DeepPCB's pooled AP"),
+    ("official_f", "F-score at the threshold"),
+    ("map50", "mAP50"), ("map5095", "mAP50-95"), ("recall_any", "recall, any class"),
+    ("recall_right", "recall, right class"),
+    ("recall_half_mm", "recall of defects of 0.5 mm or more"), ("precision", "precision"),
+    ("overkill_rate", "good boards rejected"),
 )  # fmt: skip
 
 
 def write_card(
-    out: Path, steps: list[dict[str, Any]], threshold: float, scores: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
+    out: Path,
+    steps: list[dict[str, Any]],
+    threshold: float,
+    scores: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, Any],
 ) -> None:
     """Write both cards beside fp32.safetensors and int8.safetensors in `out`.
 
@@ -34,11 +41,16 @@ def write_card(
 def _text(card: Mapping[str, Any], licence: str) -> str:
     about, scores = card["about"], card["scores"]
     sizes = about["pairs"]
-    rows = [f"| {title} [%] | " + " | ".join(f"{scores[v][key]:.2f}" for v in scores) + " |" for key, title in SHOWN if key in next(iter(scores.values()))]
+    rows = [
+        f"| {title} [%] | " + " | ".join(f"{scores[v][key]:.2f}" for v in scores) + " |"
+        for key, title in SHOWN
+        if key in next(iter(scores.values()))
+    ]
     return "\n".join([
         "# Model card: weights of pcb_inspection", "",
         f"`fp32.safetensors` ({about['parameters']:,} parameters) and `int8.safetensors`, the same network after"
-        " quantization-aware training. `card.json` holds the frozen threshold and the structure of the INT8 modules.", "",
+        " quantization-aware training. `card.json` holds the frozen threshold and the structure of the INT8 modules.",
+        "",
         f"- **Data**: {about['data']}: {sizes['train']} pairs to train, {sizes['val']} pairs"
         f" ({', '.join(about['groups']['val'])}) to choose epoch and threshold, {sizes['holdout']} pairs"
         f" ({', '.join(about['groups']['holdout'])}) held out of every choice. Whole board groups, never single pairs.",
@@ -48,18 +60,18 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
         f"- **Threshold** {card['threshold']:.4f}, frozen on the validation pairs with the exported INT8 network.", "",
         f"Scores on the {sizes['holdout']} held-out pairs, each exported file in its own runtime:", "",
         "| metric | " + " | ".join(scores) + " |", "| --- |" + " --- |" * len(scores), *rows, "",
-        "Limits: binary images at 48 px/mm, templates within 16 px of the board, the six defects of DeepPCB. Its defects were"
-        " drawn by hand on real boards; natural ones may look different. A board differs by more than the model knows when"
-        " `predict` warns of a poor match.", "",
+        "Limits: binary images at 48 px/mm, templates within 16 px of the board, the six defects of DeepPCB. Its"
+        " defects were drawn by hand on real boards; natural ones may look different. A board differs by more than the"
+        " model knows when `predict` warns of a poor match.", "",
     ])  # fmt: skip
 
 
 def _licence(deeppcb: bool) -> str:
     if deeppcb:
         return (
-            "DeepPCB comes with an MIT licence file, but its README says that the data set is for research only. Take these weights"
-            " as for research and evaluation, and ask the authors of DeepPCB before commercial use; weights that you train"
-            " on your own boards are yours."
+            "DeepPCB comes with an MIT licence file, but its README says that the data set is for research only. Take these"
+            " weights as for research and evaluation, and ask the authors of DeepPCB before commercial use; weights that"
+            " you train on your own boards are yours."
         )
     return "that of the data given to the command."
 

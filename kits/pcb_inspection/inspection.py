@@ -19,6 +19,7 @@ from kits.pcb_inspection.model.pair import Grey
 
 FOUND, MISSED, FALSE = (90, 160, 0), (0, 0, 220), (0, 150, 240)  # blue, green, red of OpenCV
 SHOWN = 4
+CROP, CROPS = 128, 48
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GoodBoard(Pair):
         shift = rng.uniform(-2, 2, 2)
         matrix = np.array([[1, 0, shift[0]], [0, 1, shift[1]]])
         moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
-        soft = cv2.GaussianBlur(moved, (0, 0), 1.0).astype(np.float32)
+        soft = np.asarray(cv2.GaussianBlur(moved, (0, 0), 1.0), np.float32)
         grain = cv2.GaussianBlur(rng.normal(0, 60, soft.shape).astype(np.float32), (0, 0), 0.8)
         return np.where(soft + grain >= 128 + rng.normal(0, 8), 255, 0).astype(np.uint8), template
 
@@ -59,15 +60,42 @@ def overlay(test: Grey, detections: np.ndarray, threshold: float, boxes: np.ndar
     """
     picture = cv2.cvtColor(cv2.addWeighted(test, 0.35, np.full_like(test, 255), 0.65, 0), cv2.COLOR_GRAY2BGR)
     shown = detections[detections[:, 4] >= threshold]
-    hit = np.ones(len(shown), bool)
+    hit: np.ndarray = np.ones(len(shown), bool)
     if boxes is not None:
         over = box_iou(boxes, shown[:, :4]) > OFFICIAL_IOU
-        hit = over.any(0)
+        hit = np.asarray(over.any(0))
         for box in boxes[~over.any(1)]:
             _frame(picture, box, "missed", MISSED)
     for row, true in zip(shown, hit, strict=True):
         _frame(picture, row[:4], f"{CLASSES[int(row[5])]} {row[4]:.2f}", FOUND if true else FALSE)
     return picture
+
+
+def contact_sheet(test: Grey, template: Grey, detections: np.ndarray) -> np.ndarray:
+    """The first CROPS detections (n, 6) of a scan at full size: test beside template, class and confidence below.
+
+    A detection larger than a crop is reduced to fit; x and y are those in the scan.
+    """
+    cells = []
+    for x1, y1, x2, y2, score, label in detections[:CROPS].tolist():
+        half = max(CROP, x2 - x1 + 16, y2 - y1 + 16) / 2
+        left, top = round((x1 + x2) / 2 - half), round((y1 + y2) / 2 - half)
+        pair = [_crop(image, left, top, round(2 * half)) for image in (test, template)]
+        factor = CROP / pair[0].shape[0]
+        corners = [round((v - start) * factor) for v, start in ((x1, left), (y1, top), (x2, left), (y2, top))]
+        sized = [cv2.resize(image, (CROP, CROP), interpolation=cv2.INTER_AREA) for image in pair]
+        views = [cv2.cvtColor(cv2.addWeighted(v, 0.5, np.full_like(v, 255), 0.5, 0), cv2.COLOR_GRAY2BGR) for v in sized]
+        cv2.rectangle(views[0], corners[:2], corners[2:], FOUND, 1)
+        cell = np.full((CROP + 40, 2 * CROP + 12, 3), 255, np.uint8)
+        cell[:CROP, : 2 * CROP + 4] = np.hstack((views[0], np.full((CROP, 4, 3), 255, np.uint8), views[1]))
+        title = f"{CLASSES[int(label)]} {score:.2f}", f"x {x1:.0f} y {y1:.0f}"
+        for line, text in enumerate(title):
+            place = (2, CROP + 14 + 15 * line)
+            cv2.putText(cell, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (60, 60, 60), 1, cv2.LINE_AA)
+        cells.append(cell)
+    columns = min(4, len(cells))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    return np.vstack([np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)])
 
 
 def sheet(module: nn.Module, pairs: Sequence[Pair], threshold: float) -> list[dict[str, Any]]:
@@ -97,5 +125,16 @@ def _frame(picture: np.ndarray, box: np.ndarray, text: str, colour: tuple[int, i
     size = max(1, round(picture.shape[0] / 900))
     cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1 + size)
     above = y1 - 4 if y1 > 16 else y2 + 14
-    cv2.putText(picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, (255, 255, 255), 3 * size, cv2.LINE_AA)
+    cv2.putText(
+        picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, (255, 255, 255), 3 * size, cv2.LINE_AA
+    )
     cv2.putText(picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, colour, size, cv2.LINE_AA)
+
+
+def _crop(image: Grey, left: int, top: int, side: int) -> Grey:
+    """A square part of an image (side, side), white where it reaches beyond the image."""
+    part = np.full((side, side), 255, np.uint8)
+    inside = image[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
+    y, x = max(0, -top), max(0, -left)
+    part[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return part

@@ -7,8 +7,9 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +20,77 @@ from torch import nn
 from core.kit import InputError
 from core.progress import progress
 from kits.pcb_inspection.acceptance import PX_PER_MM
-from kits.pcb_inspection.data.deeppcb import CLASSES, Pair, find_pairs, read_image
-from kits.pcb_inspection.inspection import overlay, png
-from kits.pcb_inspection.model.inspector import Inspection, inspect, tile_count
+from kits.pcb_inspection.data.deeppcb import CLASSES, Pair, find_pairs, image_size, read_image
+from kits.pcb_inspection.inspection import contact_sheet, overlay, png
+from kits.pcb_inspection.model.decode import FLOOR
+from kits.pcb_inspection.model.inspector import inspect, tile_count
 from kits.pcb_inspection.model.pair import Grey
 
 POOR_MATCH = 0.12
 """Share of differing pixels from which the template is probably that of another board."""
+SAME = 0.02
+"""Resolutions closer than this share need no resizing."""
 LONGEST_PICTURE = 2000
+WHITE = 128
+"""Grey level of a mask from which a pixel belongs to its region."""
+DEFECTS = "_defects"
+"""Ends the name of the picture that shows a scan's detections one by one."""
 COLUMNS = ("image", "verdict", "class", "type", "confidence", "x1", "y1", "x2", "y2", "longest_mm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `predict` that are about boards."""
-    parser.add_argument("--threshold", type=float, help="report detections from this confidence (default: the frozen one)")
+    parser.add_argument(
+        "--threshold", type=float, help="report detections from this confidence (default: the frozen one)"
+    )
     parser.add_argument("--roi", type=Path, help="inspect only here: a mask image (white = inspect) or regions as JSON")
-    parser.add_argument("--ignore", type=Path, help="ignore defects here: a mask image (white = ignore) or regions as JSON")
-    parser.add_argument("--px-per-mm", type=float, default=float(PX_PER_MM), help="resolution of the images (default 48)")
+    parser.add_argument(
+        "--ignore", type=Path, help="ignore defects here: a mask image (white = ignore) or regions as JSON"
+    )
+    parser.add_argument(
+        "--px-per-mm", type=float, default=float(PX_PER_MM), help="resolution of the images (default 48)"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="leave out the overlay pictures")
 
 
-def predict(module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace) -> str:
+def predict(
+    module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace
+) -> str:
     """Inspect a pair, a folder or a list; leaves results.json, results.csv and overlays/ in `out`.
 
     Every board is accepted or rejected at the threshold. All inputs are checked before the first board
     is inspected; a board whose image turns out to be broken stops the run with what was done so far kept.
     """
-    pairs = find_pairs(*inputs)
+    pairs = _named_apart(find_pairs(*inputs))
     threshold = float(meta["threshold"]) if options.threshold is None else float(options.threshold)
     if not 0 < threshold <= 1:
         raise InputError(f"--threshold {threshold}: expected a confidence above 0 and up to 1")
     if not 4 <= options.px_per_mm <= 1000:
         raise InputError(f"--px-per-mm {options.px_per_mm}: expected 4 to 1000 pixels a millimetre")
     roi, ignore = (Regions.read(path) if path else None for path in (options.roi, options.ignore))
+    scale = PX_PER_MM / options.px_per_mm
+    if abs(scale - 1) <= SAME:
+        scale = 1.0
+    tiles = 0
+    for pair in pairs:
+        width, height = image_size(pair.test)
+        tiles += tile_count(height, width, scale)
+        for regions in (roi, ignore):
+            if regions is not None:
+                regions.check((height, width))
     out.mkdir(parents=True, exist_ok=True)
     boards: list[dict[str, Any]] = []
     try:
-        for pair in pairs:
-            boards.append(_board(module, pair, threshold, roi, ignore, options, out))
+        with progress("inspecting", tiles) as bar:
+            for pair in pairs:
+                on_tile = partial(bar.advance, pair.image_id)
+                boards.append(_board(module, pair, threshold, scale, roi, ignore, options, out, on_tile))
     finally:
         _write(out, boards, threshold)
     rejected = sum(b["verdict"] == "reject" for b in boards)
-    lines = [f"{len(boards)} board(s): {len(boards) - rejected} accepted, {rejected} rejected at threshold {threshold:.3f}"]
+    lines = [
+        f"{len(boards)} board(s): {len(boards) - rejected} accepted, {rejected} rejected at threshold {threshold:.3f}"
+    ]
     for board in boards[:20]:
         kinds = ", ".join(f"{d['class']} {d['confidence']:.2f}" for d in board["detections"][:6])
         more = f" and {len(board['detections']) - 6} more" if len(board["detections"]) > 6 else ""
@@ -69,20 +99,41 @@ def predict(module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], o
     return "\n".join([*lines, f"results in {out}"])
 
 
+def _named_apart(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs, where a list names images of one name in several folders with _2, _3 ... added, one picture each."""
+    taken: set[str] = set()
+    named = []
+    for pair in pairs:
+        name, number = pair.image_id, 1
+        while {name, name + DEFECTS} & taken:
+            number += 1
+            name = f"{pair.image_id}_{number}"
+        taken |= {name, name + DEFECTS}
+        named.append(replace(pair, image_id=name))
+    return named
+
+
 def _board(
-    module: nn.Module, pair: Pair, threshold: float, roi: Regions | None, ignore: Regions | None, options: Any, out: Path
+    module: nn.Module,
+    pair: Pair,
+    threshold: float,
+    scale: float,
+    roi: Regions | None,
+    ignore: Regions | None,
+    options: argparse.Namespace,
+    out: Path,
+    on_tile: Callable[[], None],
 ) -> dict[str, Any]:
     test, template = pair.load()
-    scale = PX_PER_MM / options.px_per_mm
     started = time.perf_counter()
-    inspection = _inspect(module, test, template, scale, pair.image_id)
+    inspection = inspect(module, test, template, floor=min(FLOOR, threshold), scale=scale, on_tile=on_tile)
     seconds = time.perf_counter() - started
     detections = inspection.detections[inspection.detections[:, 4] >= threshold]
     for regions, inside in ((roi, True), (ignore, False)):
         if regions is not None:
             detections = detections[regions.cover(detections, test.shape) == inside]
     if not options.no_pictures:
-        _picture(out / "overlays" / f"{pair.image_id}.png", test, detections, threshold)
+        _pictures(out / "overlays", pair.image_id, test, template, detections, threshold)
     worst = max(inspection.registrations, key=lambda r: r.residual)
     warnings = []
     if worst.residual > POOR_MATCH:
@@ -93,22 +144,11 @@ def _board(
     return {
         "image": pair.image_id, "test": str(pair.test), "template": str(pair.template), "size": list(test.shape[::-1]),
         "verdict": "reject" if len(detections) else "accept", "seconds": round(seconds, 4), "warnings": warnings,
-        "registration": {"dx": worst.dx, "dy": worst.dy, "residual": round(worst.residual, 5), "by_tiles": worst.warped},
+        "registration": {
+            "dx": worst.dx, "dy": worst.dy, "residual": round(worst.residual, 5), "by_tiles": worst.warped,
+        },
         "detections": [_detection(row, options.px_per_mm) for row in detections],
     }  # fmt: skip
-
-
-def _inspect(module: nn.Module, test: Grey, template: Grey, scale: float, name: str) -> Inspection:
-    """Inspect at the resolution that the network knows, and give the boxes back at that of the image."""
-    if abs(scale - 1) > 0.02:
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        small = [np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), np.uint8) for image in (test, template)]
-    else:
-        scale, small = 1.0, [test, template]
-    with progress(f"inspecting {name}", tile_count(*small[0].shape)) as bar:
-        inspection = inspect(module, small[0], small[1], on_tile=bar.advance)
-    inspection.detections[:, :4] /= scale
-    return inspection
 
 
 def _detection(row: np.ndarray, px_per_mm: float) -> dict[str, Any]:
@@ -119,15 +159,24 @@ def _detection(row: np.ndarray, px_per_mm: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _picture(path: Path, test: Grey, detections: np.ndarray, threshold: float) -> None:
-    """The overlay; a large scan is shown reduced, its boxes drawn after the reduction so that they stay visible."""
-    factor = min(1.0, LONGEST_PICTURE / max(test.shape))
-    shown = detections.copy()
-    if factor < 1:
-        test = np.asarray(cv2.resize(test, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA), np.uint8)
-        shown[:, :4] *= factor
+def _pictures(folder: Path, name: str, test: Grey, template: Grey, detections: np.ndarray, threshold: float) -> None:
+    """The overlay; a large scan is shown reduced, with a sheet of its detections at full size beside it.
+
+    Boxes are drawn after the reduction so that they stay visible.
+    """
+    path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(overlay(test, shown, threshold)))
+    factor = LONGEST_PICTURE / max(test.shape)
+    if factor >= 1:
+        path.write_bytes(png(overlay(test, detections, threshold)))
+        return
+    size = [max(1, round(side * factor)) for side in test.shape[::-1]]
+    reduced = np.asarray(cv2.resize(test, size, interpolation=cv2.INTER_AREA), np.uint8)
+    shown = detections.copy()
+    shown[:, :4] *= factor
+    path.write_bytes(png(overlay(reduced, shown, threshold)))
+    if len(detections):
+        (folder / f"{name}{DEFECTS}.png").write_bytes(png(contact_sheet(test, template, detections)))
 
 
 def _write(out: Path, boards: list[dict[str, Any]], threshold: float) -> None:
@@ -139,7 +188,17 @@ def _write(out: Path, boards: list[dict[str, Any]], threshold: float) -> None:
         table.writerow(COLUMNS)
         for board in boards:
             for d in board["detections"]:
-                table.writerow([board["image"], board["verdict"], d["class"], d["type"], d["confidence"], *d["box"], d["longest_mm"]])
+                table.writerow(
+                    [
+                        board["image"],
+                        board["verdict"],
+                        d["class"],
+                        d["type"],
+                        d["confidence"],
+                        *d["box"],
+                        d["longest_mm"],
+                    ]
+                )
             if not board["detections"]:
                 table.writerow([board["image"], board["verdict"], *[""] * (len(COLUMNS) - 2)])
 
@@ -156,37 +215,57 @@ class Regions:
     def read(path: Path) -> Regions:
         """A mask image, or JSON [{"polygon": [[x, y], ...], "classes": ["spur", ...]}]; classes left out means all."""
         if path.suffix.lower() != ".json":
-            return Regions(path, read_image(path), ())
+            mask = read_image(path)
+            if mask.max() < WHITE:
+                raise InputError(
+                    f"{path}: no white in this mask, its brightest pixel is {mask.max()}; "
+                    "paint the region 255 or leave the option out"
+                )
+            return Regions(path, mask, ())
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error}); mend the file or its path") from error
-        polygons = []
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            where = f"{path}: region {number}"
-            corners = np.array(entry.get("polygon", []), np.float32) if isinstance(entry, dict) else np.zeros(0)
-            if corners.ndim != 2 or corners.shape[1] != 2 or len(corners) < 3:
-                raise InputError(f"{where}: expected \"polygon\" with at least three [x, y] corners in pixels")
-            names = entry.get("classes", CLASSES)
-            if unknown := set(names) - set(CLASSES):
-                raise InputError(f"{where}: class {sorted(unknown)[0]!r} is not known; known are {', '.join(CLASSES)}")
-            polygons.append((corners, frozenset(CLASSES.index(n) for n in names)))
-        return Regions(path, None, tuple(polygons))
+        entries = entries if isinstance(entries, list) else [entries]
+        if not entries:
+            raise InputError(f"{path}: no region in it; add one or leave the option out")
+        return Regions(path, None, tuple(_region(entry, f"{path}: region {n}") for n, entry in enumerate(entries)))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """InputError if a mask does not have the (height, width) of an image."""
+        if self.mask is not None and self.mask.shape != tuple(shape):
+            found, expected = (f"{size[1]} x {size[0]}" for size in (self.mask.shape, shape))
+            raise InputError(f"{self.path}: mask of {found} on an image of {expected}; give a mask of the image's size")
 
     def cover(self, detections: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Whether the centre of each detection (n, 6) lies in a region that is about its class, (n,)."""
         centres = (detections[:, :2] + detections[:, 2:4]) / 2
         if self.mask is not None:
-            if self.mask.shape != tuple(shape):
-                raise InputError(
-                    f"{self.path}: mask of {self.mask.shape[1]} x {self.mask.shape[0]} on an image of {shape[1]} x {shape[0]}; "
-                    "give a mask of the image's size"
-                )
             x, y = (centres[:, i].astype(int).clip(0, shape[1 - i] - 1) for i in (0, 1))
-            return np.asarray(self.mask[y, x] >= 128)
+            return np.asarray(self.mask[y, x] >= WHITE)
         inside = np.zeros(len(detections), bool)
         for corners, labels in self.polygons:
             for i, (x, y) in enumerate(centres):
                 hit = cv2.pointPolygonTest(corners, (float(x), float(y)), False) >= 0
                 inside[i] |= hit and int(detections[i, 5]) in labels
         return inside
+
+
+def _region(entry: Any, where: str) -> tuple[np.ndarray, frozenset[int]]:
+    """Corners (n, 2) in pixels and classes of a region in JSON; InputError says `where` something is wrong."""
+    corners = entry.get("polygon") if isinstance(entry, dict) else None
+    if not (isinstance(corners, list) and len(corners) >= 3 and all(_is_point(corner) for corner in corners)):
+        raise InputError(f'{where}: expected "polygon" with at least three [x, y] corners in pixels')
+    names = entry.get("classes", list(CLASSES))
+    if not isinstance(names, list) or not names:
+        raise InputError(f'{where}: expected "classes" to be a list of some of {", ".join(CLASSES)}')
+    for name in names:
+        if name not in CLASSES:
+            raise InputError(f"{where}: class {name!r} is not known; known are {', '.join(CLASSES)}")
+    return np.array(corners, np.float32), frozenset(CLASSES.index(name) for name in names)
+
+
+def _is_point(corner: Any) -> bool:
+    return (
+        isinstance(corner, list) and len(corner) == 2 and all(type(v) in (int, float) and abs(v) < 1e6 for v in corner)
+    )

@@ -14,9 +14,9 @@ from core.train import Fit, Schedule, fit
 from kits.pcb_inspection.acceptance import match_official
 from kits.pcb_inspection.data.augment import Crop, Ready, crops, drawn
 from kits.pcb_inspection.model.decode import decode
-from kits.pcb_inspection.model.inspector import to_input
+from kits.pcb_inspection.model.inspector import pad, to_input
 from kits.pcb_inspection.model.loss import detection_loss
-from kits.pcb_inspection.model.network import PairDetector
+from kits.pcb_inspection.model.network import COARSEST, PairDetector
 from kits.pcb_inspection.model.pair import stack
 
 SIZE = 320
@@ -27,16 +27,19 @@ DRAWN = 120
 """Clean boards of the generator that train along."""
 
 SCHEDULES = {
-    "full": Schedule(epochs=42, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0, evaluate_every=5),
+    "full": Schedule(epochs=42, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0,
+                     evaluate_every=5),
     "smoke": Schedule(epochs=2, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.2, ema=0.9, clip=5.0),
 }  # fmt: skip
 
 
-def train_detector(train: Sequence[Ready], validation: Sequence[Ready], schedule: Schedule, folder: Path, resume: bool) -> Fit:
+def train_detector(
+    train: Sequence[Ready], validation: Sequence[Ready], schedule: Schedule, folder: Path, resume: bool
+) -> Fit:
     """Train a detector from random weights; the epoch is chosen by the official AP on `validation`."""
     torch.manual_seed(schedule.seed)
     # channels last is a quarter faster on a CPU
-    model = PairDetector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = PairDetector().to(memory_format=torch.channels_last)
     ready = [*train, *drawn(max(4, round(DRAWN * min(1.0, len(train) / 800))), schedule.seed)]
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
@@ -46,8 +49,17 @@ def train_detector(train: Sequence[Ready], validation: Sequence[Ready], schedule
         return official_average_precision(network, validation)
 
     steps = steps_per_epoch(ready, schedule.batch_size)
-    return fit(model, batches, loss, schedule, steps_per_epoch=steps, folder=folder, resume=resume, evaluate=official_ap,
-               label="training")  # fmt: skip
+    return fit(
+        model,
+        batches,
+        loss,
+        schedule,
+        steps_per_epoch=steps,
+        folder=folder,
+        resume=resume,
+        evaluate=official_ap,
+        label="training",
+    )
 
 
 def steps_per_epoch(ready: Sequence[Ready], batch_size: int) -> int:
@@ -68,10 +80,17 @@ def training_batches(ready: Sequence[Ready], batch_size: int, seed: int, epoch: 
 
 
 def whole_batches(ready: Sequence[Ready], batch_size: int) -> Iterator[dict[str, Any]]:
-    """The same for whole pairs as they are, in order; the pairs of a batch have one size."""
+    """The same for whole pairs in order, with bare board beside them up to the size of the batch's largest."""
     for start in range(0, len(ready), batch_size):
         part = ready[start : start + batch_size]
-        yield collate([stack(r.test, r.template) for r in part], [(r.boxes, r.labels) for r in part])
+        height, width = (_whole(max(r.test.shape[axis] for r in part)) for axis in (0, 1))
+        planes = [pad(stack(r.test, r.template), height, width) for r in part]
+        yield collate(planes, [(r.boxes, r.labels) for r in part])
+
+
+def _whole(side: int) -> int:
+    """The next length that the network's strides divide."""
+    return -(-side // COARSEST) * COARSEST
 
 
 def collate(planes: list[np.ndarray], truths: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -92,7 +111,9 @@ def detections(model: nn.Module, ready: Sequence[Ready]) -> dict[str, np.ndarray
     model.eval()
     found = {}
     for pair in ready:
-        logits, distances = model(to_input(stack(pair.test, pair.template)))
+        height, width = pair.test.shape
+        planes = pad(stack(pair.test, pair.template), _whole(height), _whole(width))
+        logits, distances = model(to_input(planes))
         found[pair.image_id] = decode(logits[0].numpy(), distances[0].numpy())
     return found
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from core.export import Artifact, ParityError, export
 from core.export import audit as audit_module
 from core.export import onnx as onnx_module
-from core.export.artifact import need_room, replacing
+from core.export import openvino as openvino_module
+from core.export.artifact import companions, load_module, need_room, replacing
 from core.export.audit import audit_file, without_vnni
 from core.export.layers import Layers
 from core.export.parity import Criterion, Reference, check, compare_layers, deviation
@@ -238,6 +239,25 @@ def test_the_saturation_warned_of_is_real() -> None:
         gaps[peak] = abs(2.54 * peak * 0.01 * 36 - found)
     assert gaps[63] <= 0.5  # half a step of the output
     assert gaps[127] > 10
+
+
+def test_large_weights_go_beside_the_file(
+    artifact: Artifact, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "SINGLE_FILE_BYTES", 0)
+    model = onnx.load(artifact.folder / "fp32/main.onnx")
+    onnx_module.save_onnx(model, tmp_path / "main.onnx")
+    assert (tmp_path / "main.onnx.data").stat().st_size == 4 * 2 * 8 * 8 * 9  # two convolutions' float weights
+    openvino_module.save_ir(tmp_path / "main.onnx", tmp_path / "main.xml")
+    with torch.no_grad():
+        wanted = net(X)[1]
+    for runtime, name in (("onnxruntime", "main.onnx"), ("openvino", "main.xml")):
+        found = load_module(runtime, tmp_path / name, 1, as_tuple=True)(X)[1]
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    found = audit_file("onnxruntime", tmp_path / "main.onnx", Layers(model, dict(net.named_modules())), "main", "fp32")
+    assert found["weighted"] == {"FP32": 4}
+    listed = dict.fromkeys(["main.onnx", "main.onnx.data", "main.xml", "main.bin", "other"])
+    assert companions(listed, ["main.onnx", "main.xml"]) == ["main.onnx", "main.onnx.data", "main.xml", "main.bin"]
 
 
 def test_a_layer_made_to_drift_is_named(artifact: Artifact, net: Net, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 import core
-import core.compress
 import core.run
 from core.export import Artifact
 from core.figures import Estimated, Figure, Gate, Measured
@@ -263,7 +262,7 @@ def test_a_new_run_in_an_old_folder_starts_anew_and_leaves_foreign_files(out: Pa
 
 
 def test_precision_of_the_estimates_is_that_of_the_model() -> None:
-    small, _ = core.compress.compress(KIT.model(), core.Recipe("part", (replace_keep("head.*"),), "", ""), KIT)
+    small, _ = core.compress(KIT.model(), core.Recipe("part", (replace_keep("head.*"),), "", ""), KIT)
     layers, bits = core.run._precision(small)
     assert layers["encoder.0"] == "int8" and layers["head.1"] == "fp32" and set(bits) == {"encoder.0", "encoder.3"}
     assert core.run._precision(KIT.model())[0]["*"] == "fp32"
@@ -337,13 +336,14 @@ def run_and_die(stage: str, out: Path) -> None:
     """Resume a run and end by kill -9 in a stage."""
     patch = pytest.MonkeyPatch()
     if stage == "steps":
-        real = core.compress._write
+        module = sys.modules["core.compress"]  # the package shows the function of that name
+        real = module._write
 
         def write(*given: Any) -> None:
             real(*given)
             die()
 
-        patch.setattr(core.compress, "_write", write)
+        patch.setattr(module, "_write", write)
     elif stage == "export":
         patch.setattr(Artifact, "describe", die)
     elif stage == "scores":

@@ -167,7 +167,7 @@ def _rough(rng: np.random.Generator) -> Callable[[Grey], Grey]:
         soft = cv2.GaussianBlur(image, (0, 0), sigma)
         noise = np.empty(image.shape, np.int16)
         cv2.setRNGSeed(int(rng.integers(1 << 30)))
-        cv2.randn(noise, 0, grain)
+        cv2.randn(noise, np.zeros(1), np.full(1, grain))
         return np.where(soft + noise >= level, 255, 0).astype(np.uint8)
 
     return apply

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 STRIDE = 8
+"""Of the head's cells."""
+COARSEST = 32
+"""Stride of the last stage; the sides of an input are multiples of it."""
 CLASS_COUNT = 6
 PRIOR = 0.01
 """Score of every cell before training, so that the first steps are not spent on the background."""
