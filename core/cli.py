@@ -173,9 +173,10 @@ def _bench(kit: Any, options: argparse.Namespace) -> int:
     from core.evaluation.bench import available_cores, bench
     from core.evaluation.measure import device, peak_memory, runtime_title
 
-    threads = min(2, len(available_cores())) if options.threads is None else options.threads
-    if threads < 1:
-        raise InputError(f"--threads {threads}: expected at least 1")
+    cores = len(available_cores())
+    threads = min(2, cores) if options.threads is None else options.threads
+    if not 1 <= threads <= cores:  # before a runtime starts that many
+        raise InputError(f"--threads {threads}: expected 1 to {cores}, the cores that this process may use")
     artifact = _artifact(kit, options.artifact)
     samples = list(islice(kit.dataset(None, "test", "smoke"), 16))
     names = [artifact.variant(options.variant).name] if options.variant else list(artifact.variants)
@@ -202,6 +203,7 @@ def _bench(kit: Any, options: argparse.Namespace) -> int:
 
 
 def _predict(kit: Any, options: argparse.Namespace) -> int:
+    kit.check(options.inputs)
     artifact = _artifact(kit, options.artifact)
     out = options.out or Path("runs") / f"{kit.name}-predict"
     print(kit.predict(artifact.as_module(options.variant, threads=2), options.inputs, artifact.meta, out, options))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -105,12 +106,13 @@ def compress(
     With `folder`, every finished step leaves `NN-step/model.safetensors` and `step.json` there, and
     `resume` goes on after the last one that is whole. `on_step(index, step, model)` is called after
     each step, restored ones included. Raises InputError for a step without a handler or a folder
-    that holds another recipe.
+    that holds another recipe, or steps that began from another model, data, preset or seed.
     """
     for step in recipe.steps:
         if type(step) not in _HANDLERS:
             raise InputError(f"recipe {recipe.name!r}: no handler for step {type(step).__name__}")
     context = Context(kit, model, data, preset, None, resume, seed)
+    origin = _origin(context) if folder is not None else {}
     small = copy.deepcopy(model)
     trace: Trace = []
     if folder is not None and not resume:
@@ -119,7 +121,7 @@ def compress(
     for index, step in enumerate(recipe.steps):
         apply, restore = _HANDLERS[type(step)]
         place = folder / f"{index:02d}-{type(step).__name__.lower()}" if folder is not None else None
-        saved = _read(place, step) if resume and place is not None else None
+        saved = _read(place, step, origin) if resume and place is not None else None
         if saved is not None and place is not None:
             small = restore(small, step, saved["structure"])
             load_model(small, place / "model.safetensors", strict=True)
@@ -134,7 +136,7 @@ def compress(
             entry = TraceEntry(step, outcome.changed, outcome.skipped, round(time.perf_counter() - started, 3))
             trace.append(entry)
             if place is not None:
-                _write(place, small, entry, outcome.structure)
+                _write(place, small, entry, outcome.structure, origin)
                 shutil.rmtree(work, ignore_errors=True)  # type: ignore[arg-type]
         small.eval()
         if on_step is not None:
@@ -164,26 +166,41 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(place: Path, model: nn.Module, entry: TraceEntry, structure: dict[str, Any]) -> None:
+def _origin(context: Context) -> dict[str, Any]:
+    """What a run began from; one that is resumed from elsewhere would mix two runs in its figures."""
+    digest = hashlib.sha256()
+    for name, value in sorted(context.original.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    data = str(context.data.resolve()) if context.data is not None else None
+    return {"model": digest.hexdigest(), "data": data, "preset": context.preset, "seed": context.seed}
+
+
+def _write(place: Path, model: nn.Module, entry: TraceEntry, structure: dict[str, Any], origin: dict[str, Any]) -> None:
     """Write a checkpoint beside its place and move it there whole, so that a kill leaves all or nothing."""
     fresh = place.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     with writing(fresh / "model.safetensors"):
         fresh.mkdir(parents=True)
         save_model(model, str(fresh / "model.safetensors"))
-    record = {"trace": entry.to_json(), "structure": structure, "sha256": file_hash(fresh / "model.safetensors")}
+    digest = file_hash(fresh / "model.safetensors")
+    record = {"trace": entry.to_json(), "structure": structure, "origin": origin, "sha256": digest}
     with writing(fresh / "step.json"):
         (fresh / "step.json").write_text(json.dumps(record, indent=1))
     shutil.rmtree(place, ignore_errors=True)
     os.replace(fresh, place)
 
 
-def _read(place: Path, step: Step) -> dict[str, Any] | None:
+def _read(place: Path, step: Step, origin: dict[str, Any]) -> dict[str, Any] | None:
     if not (place / "step.json").exists():
         return None
     record: dict[str, Any] = json.loads((place / "step.json").read_text())
+    weights = place / "model.safetensors"
+    mend = "use another --out or leave out --resume"
     if Step.from_json(record["trace"]["step"]) != step:
-        raise InputError(f"{place}: holds another step than the recipe's {step}; use another --out or leave out --resume")
-    if file_hash(place / "model.safetensors") != record["sha256"]:
-        raise InputError(f"{place}/model.safetensors: bytes differ from its step.json; delete {place} and --resume again")
+        raise InputError(f"{place}: holds another step than the recipe's {step}; {mend}")
+    if other := [key for key, value in origin.items() if record.get("origin", {}).get(key) != value]:
+        raise InputError(f"{place}: began from another {other[0]} than this run; {mend}")
+    if not weights.exists() or file_hash(weights) != record["sha256"]:
+        raise InputError(f"{weights}: bytes differ from its step.json; delete {place} and --resume again")
     return record

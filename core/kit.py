@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -41,6 +41,9 @@ class Step:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"step {name}: unknown field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [n for n in needed if n not in values]:
+            raise InputError(f"step {name}: field {missing[0]!r} is missing")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -168,7 +171,13 @@ class Kit(Protocol):
         """Score samples end to end, leave predictions/ and metrics.json in `out`, and return the metrics."""
         ...
 
-    def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any) -> str:
+    def check(self, inputs: Sequence[str]) -> None:
+        """Refuse a user's inputs of `predict` that are missing or malformed, before anything long starts."""
+        ...
+
+    def predict(
+        self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any
+    ) -> str:
         """Run on a user's inputs, leave results and pictures in `out`, and return a summary of a few lines."""
         ...
 
@@ -202,4 +211,3 @@ def load(name: str) -> Kit:
     if not isinstance(kit, Kit):
         raise InputError(f"{path} has no KIT that fulfils core.kit.Kit")
     return kit
-

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from core.cache import cache_folder
 from core.evaluation.bench import available_cores, bench
-from core.export import Artifact, export
+from core.export import Artifact, export, onnx, openvino
 from core.kit import InputError, Kit
 
 THREADS = min(2, len(available_cores()))
@@ -23,7 +23,8 @@ SECONDS = 4.0
 def shipped_artifact(kit: Kit) -> Artifact:
     """Export a kit's shipped models on first use, choose the fastest variant here, and open the artifact."""
     weights = sorted((Path(inspect.getfile(type(kit))).parent / "weights").glob("*"))
-    place = cache_folder(f"{kit.name}-artifact", [p for p in weights if p.suffix in (".safetensors", ".json")])
+    versions = f"ort{onnx.version()}-ov{openvino.version()}"  # another runtime may run, and choose, differently
+    place = cache_folder(f"{kit.name}-artifact-{versions}", [p for p in weights if p.suffix in (".safetensors", ".json")])
     if place.exists():
         try:
             return Artifact.open(place)

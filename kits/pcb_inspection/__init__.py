@@ -26,7 +26,7 @@ from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predic
 from kits.pcb_inspection.acceptance import score as score_predictions
 from kits.pcb_inspection.card import board_groups, write_card
 from kits.pcb_inspection.data.augment import prepare
-from kits.pcb_inspection.data.deeppcb import Pair, has_test_list, split
+from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, split
 from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.inspector import TILE, inspect
@@ -151,6 +151,10 @@ class PcbInspection:
             stage: Stage = "original" if name.startswith("fp32") else "compressed"
             figures |= Figures(Figure(k, metrics[k], unit, basis, stage) for k, unit in metrics["units"].items() if metrics[k] is not None)
         return figures
+
+    def check(self, inputs: Sequence[str]) -> None:
+        """The pairs of the inputs, found and of one size each."""
+        find_pairs(*inputs)
 
     def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace) -> str:
         """JSON, CSV and overlays for pairs, folders and lists."""

@@ -69,9 +69,9 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
 def _licence(deeppcb: bool) -> str:
     if deeppcb:
         return (
-            "DeepPCB comes with an MIT licence file, but its README says that the data set is for research only. Take these"
-            " weights as for research and evaluation, and ask the authors of DeepPCB before commercial use; weights that"
-            " you train on your own boards are yours."
+            "DeepPCB comes with an MIT licence file, but its README says that the data set is for research only. Take"
+            " these weights as for research and evaluation, and ask the authors of DeepPCB before commercial use;"
+            " weights that you train on your own boards are yours."
         )
     return "that of the data given to the command."
 

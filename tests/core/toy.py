@@ -124,6 +124,11 @@ class ToyKit:
         (out / "metrics.json").write_text(json.dumps(metrics))
         return metrics
 
+    def check(self, inputs: Sequence[str]) -> None:
+        for text in inputs:
+            if not text.isdigit():
+                raise InputError(f"input {text!r}: expected the number of a sample")
+
     def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any) -> str:
         out.mkdir(parents=True, exist_ok=True)
         found = [self.tell(module, self.dataset(None, "test")[int(i)]) + options.add for i in inputs]
