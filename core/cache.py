@@ -21,5 +21,7 @@ def cache_folder(name: str, depends_on: Iterable[Path] = ()) -> Path:
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{base}: cannot be made ({error.strerror}); set FITKIT_CACHE to a folder that can be written") from error
+        raise InputError(
+            f"{base}: cannot be made ({error.strerror}); set FITKIT_CACHE to a folder that can be written"
+        ) from error
     return base / f"{name}-{digest}"

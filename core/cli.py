@@ -26,16 +26,22 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
     top = _Parser(prog="fitkit", description="Large models on small devices: compress, export, measure, judge.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     commands.add_parser("list", help="kits, recipes, targets").add_argument("--json", action="store_true")
-    run = _command(commands, "run", "compress with a recipe, export, score, measure, judge; leaves a report and an artifact")
+    run = _command(
+        commands, "run", "compress with a recipe, export, score, measure, judge; leaves a report and an artifact"
+    )
     run.add_argument("--recipe", help="name of a recipe (default: the kit's)")
     run.add_argument("--target", help="name of a target, or a JSON file that describes one (default: the kit's)")
-    run.add_argument("--weights", type=Path, help="start from these weights: the folder that `fitkit train` left, or a file")
+    run.add_argument(
+        "--weights", type=Path, help="start from these weights: the folder that `fitkit train` left, or a file"
+    )
     train = _command(commands, "train", "train the kit's model from random weights")
     for command in (run, train):
         command.add_argument("--preset", choices=PRESETS, default="full", help="smoke: a short trial (default: full)")
         command.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     for command, needed in ((run, False), (train, False)):
-        command.add_argument("--data", type=Path, required=needed, help="folder of data (default: the kit's generated set)")
+        command.add_argument(
+            "--data", type=Path, required=needed, help="folder of data (default: the kit's generated set)"
+        )
     evaluate = _command(commands, "evaluate", "score an artifact on data; leaves predictions/ and metrics.json")
     evaluate.add_argument("--data", type=Path, required=True, help="folder of data")
     evaluate.add_argument("--split", help="split to score (default: test where there is one, else the held-out part)")
@@ -46,7 +52,9 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
     predict = _command(commands, "predict", "run on your own inputs; leaves results and pictures")
     predict.add_argument("inputs", nargs="+", metavar="INPUT")
     for command in (evaluate, bench, predict):
-        command.add_argument("--artifact", type=Path, help="folder of an artifact or a run (default: the shipped weights)")
+        command.add_argument(
+            "--artifact", type=Path, help="folder of an artifact or a run (default: the shipped weights)"
+        )
         command.add_argument("--variant", help="which of the artifact's variants (default: its chosen one)")
     if kit is not None:
         kit.arguments("predict", predict)
@@ -106,10 +114,16 @@ def _list(kit: Any, options: argparse.Namespace) -> int:
     found = {name: load(name) for name in names}
     if options.json:
         listing = {
-            "kits": {n: {"title": k.title, "default_recipe": k.default_recipe, "recipes": [r.to_json() for r in k.recipes.values()]}
-                     for n, k in found.items()},
+            "kits": {
+                n: {
+                    "title": k.title,
+                    "default_recipe": k.default_recipe,
+                    "recipes": [r.to_json() for r in k.recipes.values()],
+                }
+                for n, k in found.items()
+            },
             "targets": {n: t.title for n, t in targets().items()},
-        }  # fmt: skip
+        }
         print(json.dumps(listing, indent=1))
         return DONE
     from rich.console import Console
@@ -138,7 +152,9 @@ def _run(kit: Any, options: argparse.Namespace) -> int:
         raise InputError(f"--recipe {name!r}: {kit.name} has {', '.join(kit.recipes)}")
     target = options.target or kit.default_target
     out = options.out or Path("runs") / kit.name
-    report = Run(kit, kit.recipes[name], target, _folder(options.data), options.preset, out, options.resume, options.weights)()
+    report = Run(
+        kit, kit.recipes[name], target, _folder(options.data), options.preset, out, options.resume, options.weights
+    )()
     show(report)
     print(f"report: {out / 'report.html'}   artifact: {out / 'artifact'}")
     return GATE_FAILED if report.failed else DONE
@@ -165,7 +181,10 @@ def _evaluate(kit: Any, options: argparse.Namespace) -> int:
     for name, value in metrics.items():
         if isinstance(value, int | float):
             print(f"{name:24} {value:.5g}")
-    print(f"{artifact.variant(options.variant).name} on {len(samples)} samples of {split!r}; metrics and predictions: {out}")
+    print(
+        f"{artifact.variant(options.variant).name} on {len(samples)} samples of {split!r}; "
+        f"metrics and predictions: {out}"
+    )
     return DONE
 
 
@@ -184,10 +203,19 @@ def _bench(kit: Any, options: argparse.Namespace) -> int:
     result = bench(runs, seconds=options.seconds, threads=threads)
     memory = {name: peak_memory(artifact.folder, name, threads) for name in names}
     rows = [
-        {"variant": n, "chosen": n == artifact.chosen, "p50_ms": t.p50, "p99_ms": t.p99, "fps": 1e3 / t.p50, "runs": t.runs,
-         "peak_memory_mb": memory[n], "size_mb": artifact.size_bytes(n) / 1e6, "runtime": runtime_title(artifact, n, threads)}
+        {
+            "variant": n,
+            "chosen": n == artifact.chosen,
+            "p50_ms": t.p50,
+            "p99_ms": t.p99,
+            "fps": 1e3 / t.p50,
+            "runs": t.runs,
+            "peak_memory_mb": memory[n],
+            "size_mb": artifact.size_bytes(n) / 1e6,
+            "runtime": runtime_title(artifact, n, threads),
+        }
         for n, t in result.timings.items()
-    ]  # fmt: skip
+    ]
     if options.json:
         print(json.dumps({"device": device(), "kit": kit.name, "end_to_end": True, "variants": rows}, indent=1))
         return DONE
@@ -197,7 +225,10 @@ def _bench(kit: Any, options: argparse.Namespace) -> int:
     table = Table("variant", "p50 ms", "p99 ms", "1/s", "peak MB", "size MB", title=f"{device()}, end to end, in turns")
     for row in rows:
         mark = " *" if row["chosen"] else ""
-        table.add_row(f"{row['variant']}{mark}", *(f"{row[k]:.2f}" for k in ("p50_ms", "p99_ms", "fps", "peak_memory_mb", "size_mb")))
+        table.add_row(
+            f"{row['variant']}{mark}",
+            *(f"{row[k]:.2f}" for k in ("p50_ms", "p99_ms", "fps", "peak_memory_mb", "size_mb")),
+        )
     Console().print(table)
     return DONE
 

@@ -79,7 +79,11 @@ class Figure:
     def __str__(self) -> str:
         sign = "~" if self.basis.kind == "estimated" else ""
         # five digits, so that a value beside its bound shows on which side it lies; counts in full
-        text = f"{self.value:,.0f}" if self.value == round(self.value, 0) and abs(self.value) >= 1000 else f"{self.value:.5g}"
+        text = (
+            f"{self.value:,.0f}"
+            if self.value == round(self.value, 0) and abs(self.value) >= 1000
+            else f"{self.value:.5g}"
+        )
         return f"{sign}{text} {self.unit}".rstrip()
 
     def to_json(self) -> dict[str, Any]:

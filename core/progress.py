@@ -39,9 +39,17 @@ class Bar:
 @contextmanager
 def progress(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """A progress bar with the time left for `total` steps, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     console = Console(stderr=True)
     # steps differ in length, so the time left follows the last minutes and not the last seconds
-    live = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal, speed_estimate_period=300)
+    live = Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal, speed_estimate_period=300
+    )
     with live:
         yield Bar(live, label, total, done, quiet)

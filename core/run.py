@@ -60,9 +60,15 @@ class Run:
                 float_models.append(copy.deepcopy(model))
 
         small, trace = compress(
-            original, self.recipe, self.kit, data=self.data, preset=self.preset, folder=self.out / "steps", resume=self.resume,
+            original,
+            self.recipe,
+            self.kit,
+            data=self.data,
+            preset=self.preset,
+            folder=self.out / "steps",
+            resume=self.resume,
             on_step=on_step,
-        )  # fmt: skip
+        )
         artifact = self._artifact({"fp32": original, "int8": small})
         split = self.kit.report_split(self.data)
         samples = self.kit.dataset(self.data, split, self.preset)
@@ -72,29 +78,47 @@ class Run:
         stages: dict[Stage, nn.Module] = {"original": original, "compressed": small}
         for stage, model in stages.items():
             figures |= (self._estimates(model) | self._power(model)).restage(stage)
-        notes = [f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()]
-        notes += [f"{self.target}: {sentence}" for sentence in will_it_be_faster(small, self.kit.exports(), box, *_precision(small))]
+        notes = [
+            f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()
+        ]
+        notes += [
+            f"{self.target}: {sentence}"
+            for sentence in will_it_be_faster(small, self.kit.exports(), box, *_precision(small))
+        ]
         report = judge(
-            figures, self.kit.gates, [*trace, *audit_trace(artifact)], kit=self.kit.name, recipe=self.recipe, target=self.target,
-            layers=self._layers(float_models[-1], small), tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
+            figures,
+            self.kit.gates,
+            [*trace, *audit_trace(artifact)],
+            kit=self.kit.name,
+            recipe=self.recipe,
+            target=self.target,
+            layers=self._layers(float_models[-1], small),
+            tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
             notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
             title=self.kit.title,
-        )  # fmt: skip
+        )
         report.save(self.out)
         return report
 
     def _begin(self) -> None:
         """Refuse to mix two runs in one folder; forget the stages of the last one unless resumed."""
-        wanted = {"kit": self.kit.name, "recipe": self.recipe.to_json(), "target": self.target,
-                  "data": str(self.data.resolve()) if self.data else None, "preset": self.preset,
-                  "weights": str(self.weights.resolve()) if self.weights else None}  # fmt: skip
+        wanted = {
+            "kit": self.kit.name,
+            "recipe": self.recipe.to_json(),
+            "target": self.target,
+            "data": str(self.data.resolve()) if self.data else None,
+            "preset": self.preset,
+            "weights": str(self.weights.resolve()) if self.weights else None,
+        }
         path = self.out / "run.json"
         if self.resume and path.exists():
             found = read_json(path)
             if different := [k for k in wanted if found.get(k) != wanted[k]]:
                 k = different[0]
-                raise InputError(f"{path}: was begun with another {k}; give the same {k}, or another --out, or leave out --resume")
+                raise InputError(
+                    f"{path}: was begun with another {k}; give the same {k}, or another --out, or leave out --resume"
+                )
         elif not self.resume:
             for stage in self.out.glob("stage-*.json"):
                 stage.unlink()
@@ -150,7 +174,10 @@ class Run:
             baselines = self.kit.baselines(few, THREADS)
             result = bench(runs | baselines, seconds=SECONDS[self.preset], threads=THREADS, label="timing")
             best = min(artifact.variants, key=lambda name: result.timings[name].p50)
-            own = {name: [f.to_json() for f in measure(artifact, threads=THREADS, seconds=2.0, variant=name)] for name in artifact.variants}
+            own = {
+                name: [f.to_json() for f in measure(artifact, threads=THREADS, seconds=2.0, variant=name)]
+                for name in artifact.variants
+            }
             return {**result.to_json(), "baselines": list(baselines), "recommended": best, "own": own}
 
         stored: dict[str, Any] = self._stage("timing", make)
@@ -158,7 +185,12 @@ class Run:
         return stored
 
     def _figures(
-        self, artifact: Artifact, scores: dict[str, dict[str, tuple[float, str]]], timing: dict[str, Any], samples: int, split: str
+        self,
+        artifact: Artifact,
+        scores: dict[str, dict[str, tuple[float, str]]],
+        timing: dict[str, Any],
+        samples: int,
+        split: str,
     ) -> Figures:
         """Everything measured: original is the FP32 export, compressed the INT8 one, each in its faster runtime."""
         times = {t["name"]: t for t in timing["timings"]}
@@ -169,7 +201,9 @@ class Run:
             name = chosen[precision] = min(names, key=lambda n: times[n]["p50"])
             own = (Figure.from_json(f) for f in timing["own"][name])
             figures |= Figures(f for f in own if f.name != "fps").restage(stage)  # type: ignore[arg-type]
-            basis = Measured(device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}")
+            basis = Measured(
+                device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}"
+            )
             figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())  # type: ignore[arg-type]
         before, after = (scores[chosen[p]][self.kit.headline][0] for p in ("fp32", "int8"))
         both = f"{runtime_title(artifact, chosen['fp32'])} minus {runtime_title(artifact, chosen['int8'])}"
@@ -192,7 +226,9 @@ class Run:
         for name in timing["baselines"]:
             ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
             spread = (ratio["high"] - ratio["low"]) / 2
-            basis = Measured(device(), f"{best_title}, in turns with {name}", times[best]["runs"], spread, artifact.sha256)
+            basis = Measured(
+                device(), f"{best_title}, in turns with {name}", times[best]["runs"], spread, artifact.sha256
+            )
             figures |= Figures([Figure(f"speedup_{name.split('-')[0]}", ratio["value"], "x", basis)])
         return figures
 
@@ -200,7 +236,12 @@ class Run:
         """Estimates for the target; its speed is that of the network alone, so no "fps", which is end to end here."""
         precision, bits = _precision(model)
         found = estimate(
-            model, self.kit.exports(), target(self.target), precision=precision, weight_bits=bits, rate_hz=self.kit.rate_hz
+            model,
+            self.kit.exports(),
+            target(self.target),
+            precision=precision,
+            weight_bits=bits,
+            rate_hz=self.kit.rate_hz,
         )
         return Figures(f for f in found if f.name != "fps")
 
@@ -210,11 +251,22 @@ class Run:
         precision, bits = _precision(model)
         for gate in self.kit.gates:
             if gate.figure == "power" and gate.device:
-                for f in estimate(model, self.kit.exports(), target(gate.device), precision=precision, weight_bits=bits,
-                                  rate_hz=self.kit.rate_hz):  # fmt: skip
+                for f in estimate(
+                    model,
+                    self.kit.exports(),
+                    target(gate.device),
+                    precision=precision,
+                    weight_bits=bits,
+                    rate_hz=self.kit.rate_hz,
+                ):
                     if f.name == "power" and isinstance(f.basis, Estimated):
-                        assumed = (f"device {gate.device} at {self.kit.rate_hz:g} inferences a second", *f.basis.assumptions)
-                        found |= Figures([Figure("power", f.value, f.unit, Estimated(f.basis.method, assumed, f.basis.error_band))])
+                        assumed = (
+                            f"device {gate.device} at {self.kit.rate_hz:g} inferences a second",
+                            *f.basis.assumptions,
+                        )
+                        found |= Figures(
+                            [Figure("power", f.value, f.unit, Estimated(f.basis.method, assumed, f.basis.error_band))]
+                        )
         return found
 
     def _layers(self, unquantized: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
@@ -230,13 +282,21 @@ class Run:
                 if layer.macs or layer.parameters:
                     name = f"{graph.part}.{layer.name}" if graph.part else layer.name
                     size = math.ceil(layer.parameters * bits.get(name, 32) / 8)
-                    rows.append({"layer": name, "kind": layer.kind, "parameters": layer.parameters,
-                                 "bytes": size, "macs": layer.macs, "sqnr_db": errors.get(name)})  # fmt: skip
+                    rows.append(
+                        {
+                            "layer": name,
+                            "kind": layer.kind,
+                            "parameters": layer.parameters,
+                            "bytes": size,
+                            "macs": layer.macs,
+                            "sqnr_db": errors.get(name),
+                        }
+                    )
         return rows
 
 
 def _precision(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
-    """({layer: data type}, {layer: bits of its weights}) of a model as it is; layers that no step quantized are FP32."""
+    """({layer: data type}, {layer: bits of its weights}) of a model; layers that no step quantized are FP32."""
     quantized = quant_layers(model)
     layers = {"*": "int8" if quantized else "fp32"}
     for name, module in model.named_modules():
@@ -251,13 +311,23 @@ def _int8(artifact: Artifact) -> str:
     return next(v.name for v in artifact.variants.values() if v.precision == "int8")
 
 
-def _variants_table(artifact: Artifact, scores: Mapping[str, Any], timing: Mapping[str, Any], headline: str) -> dict[str, Any]:
+def _variants_table(
+    artifact: Artifact, scores: Mapping[str, Any], timing: Mapping[str, Any], headline: str
+) -> dict[str, Any]:
     times = {t["name"]: t for t in timing["timings"]}
     rows = []
     for name, v in artifact.variants.items():
         mark = " (recommended here)" if name == timing["recommended"] else ""
-        rows.append([name + mark, round(times[name]["p50"], 2), round(times[name]["p99"], 2), round(artifact.size_bytes(name) / 1e6, 2),
-                     round(scores[name][headline][0], 2), ", ".join(f"{n} {p}" for p, n in v.audit["weighted"].items())])  # fmt: skip
+        rows.append(
+            [
+                name + mark,
+                round(times[name]["p50"], 2),
+                round(times[name]["p99"], 2),
+                round(artifact.size_bytes(name) / 1e6, 2),
+                round(scores[name][headline][0], 2),
+                ", ".join(f"{n} {p}" for p, n in v.audit["weighted"].items()),
+            ]
+        )
     for name in timing["baselines"]:
         rows.append([name, round(times[name]["p50"], 2), round(times[name]["p99"], 2), "", "", ""])
     return {

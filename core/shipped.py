@@ -24,14 +24,18 @@ def shipped_artifact(kit: Kit) -> Artifact:
     """Export a kit's shipped models on first use, choose the fastest variant here, and open the artifact."""
     weights = sorted((Path(inspect.getfile(type(kit))).parent / "weights").glob("*"))
     versions = f"ort{onnx.version()}-ov{openvino.version()}"  # another runtime may run, and choose, differently
-    place = cache_folder(f"{kit.name}-artifact-{versions}", [p for p in weights if p.suffix in (".safetensors", ".json")])
+    place = cache_folder(
+        f"{kit.name}-artifact-{versions}", [p for p in weights if p.suffix in (".safetensors", ".json")]
+    )
     if place.exists():
         try:
             return Artifact.open(place)
         except InputError as error:
             Console(stderr=True).print(f"{error}; exporting anew", style="dim", highlight=False, markup=False)
     console = Console(stderr=True)
-    console.print("first use: exporting the shipped weights for this machine (about half a minute)", style="dim", highlight=False)
+    console.print(
+        "first use: exporting the shipped weights for this machine (about half a minute)", style="dim", highlight=False
+    )
     models, meta = kit.shipped()
     # built apart and moved in with its choice made: a kill, or another fitkit at the same time, leaves no half of it
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=place.name) as work:

@@ -105,7 +105,11 @@ def fit(
         state = _Checkpoint.read(last)
         for key, wanted in (("schedule", asdict(schedule)), ("steps", steps)):
             if state.meta[key] != wanted:
-                what = "schedule" if key == "schedule" else f"number of steps an epoch, {state.meta[key]} instead of {steps}"
+                what = (
+                    "schedule"
+                    if key == "schedule"
+                    else f"number of steps an epoch, {state.meta[key]} instead of {steps}"
+                )
                 raise InputError(f"{last}: was written with another {what}; delete it or train without --resume")
         try:
             bare.load_state_dict(state.part("model"))
@@ -129,7 +133,9 @@ def fit(
                     value = loss(net, send_to_device(batch, accelerator.device))
                     losses.append(value.item())
                     if not math.isfinite(losses[-1]):
-                        raise FloatingPointError(f"{label}: loss is {losses[-1]} at epoch {epoch}, step {index}; lower lr {schedule.lr}")
+                        raise FloatingPointError(
+                            f"{label}: loss is {losses[-1]} at epoch {epoch}, step {index}; lower lr {schedule.lr}"
+                        )
                     optimizer.zero_grad()
                     accelerator.backward(value)
                     if schedule.clip:
@@ -139,7 +145,9 @@ def fit(
                         _blend(average, bare, min(schedule.ema, (1 + step) / (10 + step)))
                     bar.advance(f"epoch {epoch + 1}/{schedule.epochs} loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
             if not losses:
-                raise InputError(f"{label}: epoch {epoch} brought no batch for each process; give more samples or a smaller batch_size")
+                raise InputError(
+                    f"{label}: epoch {epoch} brought no batch for each process; give more samples or smaller batches"
+                )
             for each in dict.fromkeys((bare, candidate)):
                 _as_in_first(each, accelerator)
             mean = _over_all(sum(losses) / len(losses), accelerator, "mean")
@@ -147,7 +155,9 @@ def fit(
             candidate.eval()
             due = (epoch + 1) % schedule.evaluate_every == 0 or epoch + 1 == schedule.epochs
             if evaluate is not None and due:
-                entry["score"] = _over_all(float(evaluate(candidate)) if accelerator.is_main_process else 0.0, accelerator, "sum")
+                entry["score"] = _over_all(
+                    float(evaluate(candidate)) if accelerator.is_main_process else 0.0, accelerator, "sum"
+                )
                 if entry["score"] > best_score:
                     best_score = entry["score"]
                     best = {k: v.detach().clone() for k, v in candidate.state_dict().items()}
@@ -155,7 +165,13 @@ def fit(
             if accelerator.is_main_process:
                 bar.log(f"{label} " + "  ".join(f"{k} {v:.5g}" for k, v in entry.items()))
                 if last is not None:
-                    meta = {"schedule": asdict(schedule), "steps": steps, "epoch": epoch, "history": history, "best_score": best_score}
+                    meta = {
+                        "schedule": asdict(schedule),
+                        "steps": steps,
+                        "epoch": epoch,
+                        "history": history,
+                        "best_score": best_score,
+                    }
                     parts = {"model": bare.state_dict(), "best": best, "optimizer": _optimizer_state(optimizer)}
                     if average is not None:
                         parts["average"] = average.state_dict()
@@ -170,7 +186,7 @@ def fit(
 
 
 def _share(batches: Iterable[Any], accelerator: Any) -> Iterator[Any]:
-    """This process's batch of every whole round: one that only some processes got would leave those waiting for the rest."""
+    """This process's batch of every whole round: in one for some processes only, those would wait for the rest."""
     source = iter(batches)
     while len(batch_each := list(itertools.islice(source, accelerator.num_processes))) == accelerator.num_processes:
         yield batch_each[accelerator.process_index]
@@ -254,7 +270,12 @@ def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items() if value is not None}
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in state.items()
+        for name, value in entry.items()
+        if value is not None
+    }
 
 
 def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
@@ -265,7 +286,9 @@ def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
         index, name = key.split(".", 1)
         param = params[int(index)]
         # in the memory layout of its parameter, so that the next step computes in the same order
-        entries.setdefault(int(index), {})[name] = torch.empty_like(param).copy_(value) if value.shape == param.shape else value
+        entries.setdefault(int(index), {})[name] = (
+            torch.empty_like(param).copy_(value) if value.shape == param.shape else value
+        )
     optimizer.load_state_dict({"state": entries, "param_groups": full["param_groups"]})
 
 
@@ -281,7 +304,11 @@ class _Checkpoint:
 
     @staticmethod
     def write(path: Path, parts: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        tensors = {f"{part}/{k}": v.detach().cpu().contiguous().clone() for part, group in parts.items() for k, v in group.items()}
+        tensors = {
+            f"{part}/{k}": v.detach().cpu().contiguous().clone()
+            for part, group in parts.items()
+            for k, v in group.items()
+        }
         with replaced(path) as fresh:
             save_file(tensors, str(fresh), metadata={"fitkit": json.dumps(meta)})
 
@@ -292,4 +319,6 @@ class _Checkpoint:
                 meta = json.loads(file.metadata()["fitkit"])
                 return _Checkpoint({k: file.get_tensor(k) for k in file.keys()}, meta)  # noqa: SIM118
         except Exception as error:  # safetensors raises its own type for a torn file
-            raise InputError(f"{path}: not a whole checkpoint ({error}); delete it to start that training anew") from error
+            raise InputError(
+                f"{path}: not a whole checkpoint ({error}); delete it to start that training anew"
+            ) from error

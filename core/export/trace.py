@@ -17,7 +17,7 @@ class Export(Step):
 
 
 def audit_trace(artifact: Artifact) -> list[TraceEntry]:
-    """An entry a variant: the precision of every operator as the compiled model has it, and what ran float against the plan."""
+    """An entry a variant: the precision of every operator in the compiled model, and what ran float instead."""
     entries = []
     for v in artifact.variants.values():
         changed = [

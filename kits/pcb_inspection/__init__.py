@@ -50,24 +50,31 @@ class PcbInspection:
     gates = GATES
 
     def model(self, weights: Path | None = None) -> nn.Module:
-        """The detector in eval mode with the shipped FP32 weights, or those of a file or of a folder that `train` left."""
+        """The detector in eval mode with the shipped FP32 weights, those of a file or of what `train` left."""
         path = weights or WEIGHTS
         if path.is_dir():
-            path = next((p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()), path / "fp32.safetensors")
+            path = next(
+                (p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()),
+                path / "fp32.safetensors",
+            )
         return _load(PairDetector(), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """FP32 and INT8 as shipped, and the frozen threshold."""
         card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
         int8 = replay(PairDetector(), card["int8"])
-        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {"threshold": card["threshold"]}
+        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {
+            "threshold": card["threshold"]
+        }
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Pair]:
         """The pairs of a split of a DeepPCB folder or of the generated set; "smoke" takes at most 40."""
         pairs = _split(data or default_set(), split)
         return pairs if preset == "full" else pairs[:40]
 
-    def batches(self, samples: Sequence[Pair], batch_size: int, *, train: bool, seed: int = 0) -> Iterable[dict[str, Any]]:
+    def batches(
+        self, samples: Sequence[Pair], batch_size: int, *, train: bool, seed: int = 0
+    ) -> Iterable[dict[str, Any]]:
         """Varied crops for training, whole pairs otherwise."""
         ready = prepare(samples)
         if train:
@@ -88,7 +95,7 @@ class PcbInspection:
         return (Graph("detector", {"planes": example}, ("classes", "distances")),)
 
     def report_split(self, data: Path | None) -> str:
-        """"test" where the folder has a test list, else the board groups held out of every choice."""
+        """ "test" where the folder has a test list, else the board groups held out of every choice."""
         return "test" if data is None or has_test_list(data) else "holdout"
 
     def freeze(self, module: nn.Module, data: Path | None, preset: str) -> dict[str, Any]:
@@ -97,20 +104,28 @@ class PcbInspection:
             pairs = self.dataset(data, "val", preset)
         except InputError:
             return self.shipped()[1]
-        threshold = freeze_threshold(detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs})
+        threshold = freeze_threshold(
+            detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs}
+        )
         return {"threshold": threshold, "frozen_on": f"{len(pairs)} validation boards"}
 
-    def score(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    def score(
+        self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]
+    ) -> dict[str, tuple[float, str]]:
         """All metrics at the frozen threshold, defects and false rejects of good boards."""
         return self._metrics(module, samples, meta)[0].figures()
 
-    def _metrics(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _metrics(
+        self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         found = detect(module, samples, "inspecting")
         clean = detect(module, clean_boards(samples), "inspecting good boards")
         truths = {p.image_id: (p.boxes, p.labels) for p in samples}
         return score_predictions(found, truths, meta["threshold"], {p.image_id: p.group for p in samples}, clean), found
 
-    def evaluate(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    def evaluate(
+        self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any], out: Path
+    ) -> dict[str, Any]:
         """Metrics, with `predictions/<image id>.txt` and `metrics.json` in `out`."""
         metrics, found = self._metrics(module, samples, meta)
         write_predictions(out / "predictions", found)
@@ -121,42 +136,65 @@ class PcbInspection:
         return result
 
     def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
-        """Train FP32 from random weights, then the default recipe; leaves weights/ with their card and artifact/ in `out`."""
+        """Train from random weights, then run the default recipe; leaves weights/ with their card and artifact/."""
         sets = {name: self.dataset(data, name, preset) for name in ("train", "val", "holdout")}
         started = time.perf_counter()
         schedule = training.SCHEDULES[preset]
-        trained = training.train_detector(prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume)
+        trained = training.train_detector(
+            prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume
+        )
         weights = out / "weights"
         weights.mkdir(parents=True, exist_ok=True)
         save_model(trained.model, str(weights / "fp32.safetensors"))
         fp32 = self.model(weights / "fp32.safetensors")
         int8, _ = compress(fp32, RECIPES[DEFAULT], self, data=data, preset=preset, folder=out / "steps", resume=resume)
         save_model(int8, str(weights / "int8.safetensors"))
-        artifact = export({"fp32": fp32, "int8": int8}, self.exports(), self.default_target, out / "artifact", kit=self.name)
+        artifact = export(
+            {"fp32": fp32, "int8": int8}, self.exports(), self.default_target, out / "artifact", kit=self.name
+        )
         artifact.describe(self.freeze(artifact.as_module("int8-openvino", threads=2), data, preset))
-        scores = {name: self._metrics(artifact.as_module(name, threads=2), sets["holdout"], artifact.meta)[0].to_json()
-                  for name in artifact.variants}  # fmt: skip
+        scores = {
+            name: self._metrics(artifact.as_module(name, threads=2), sets["holdout"], artifact.meta)[0].to_json()
+            for name in artifact.variants
+        }
         spent = sum(entry["seconds"] for entry in trained.history) + time.perf_counter() - started
         about = {
-            "data": "DeepPCB, trainval" if data else "the kit's generated set", "deeppcb": data is not None, "device": device(),
+            "data": "DeepPCB, trainval" if data else "the kit's generated set",
+            "deeppcb": data is not None,
+            "device": device(),
             "pairs": {name: len(pairs) for name, pairs in sets.items()},
             "groups": {name: board_groups(pairs) for name, pairs in sets.items()},
-            "parameters": sum(p.numel() for p in fp32.parameters()), "seed": schedule.seed, "seconds": round(spent),
+            "parameters": sum(p.numel() for p in fp32.parameters()),
+            "seed": schedule.seed,
+            "seconds": round(spent),
             "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}",
-        }  # fmt: skip
+        }
         write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
         figures = Figures()
         for name, metrics in scores.items():
-            basis = Measured(device(), runtime_title(artifact, name, 2), len(sets["holdout"]), None, artifact.sha256, note="split holdout")
+            basis = Measured(
+                device(),
+                runtime_title(artifact, name, 2),
+                len(sets["holdout"]),
+                None,
+                artifact.sha256,
+                note="split holdout",
+            )
             stage: Stage = "original" if name.startswith("fp32") else "compressed"
-            figures |= Figures(Figure(k, metrics[k], unit, basis, stage) for k, unit in metrics["units"].items() if metrics[k] is not None)
+            figures |= Figures(
+                Figure(k, metrics[k], unit, basis, stage)
+                for k, unit in metrics["units"].items()
+                if metrics[k] is not None
+            )
         return figures
 
     def check(self, inputs: Sequence[str]) -> None:
         """The pairs of the inputs, found and of one size each."""
         find_pairs(*inputs)
 
-    def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace) -> str:
+    def predict(
+        self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace
+    ) -> str:
         """JSON, CSV and overlays for pairs, folders and lists."""
         return predict(module, inputs, meta, out, options)
 

@@ -124,11 +124,12 @@ def _frame(picture: np.ndarray, box: np.ndarray, text: str, colour: tuple[int, i
     x1, y1, x2, y2 = (round(float(v)) for v in box)
     size = max(1, round(picture.shape[0] / 900))
     cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1 + size)
-    above = y1 - 4 if y1 > 16 else y2 + 14
-    cv2.putText(
-        picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, (255, 255, 255), 3 * size, cv2.LINE_AA
-    )
-    cv2.putText(picture, text, (x1, above), cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size, colour, size, cv2.LINE_AA)
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42 * size
+    (width, height), _ = cv2.getTextSize(text, font, scale, size)
+    left = min(x1, max(0, picture.shape[1] - width - 4))
+    base = y1 - 4 if y1 > height + 8 else y2 + height + 6
+    cv2.rectangle(picture, (left, base - height - 3), (left + width + 4, base + 3), (255, 255, 255), -1)
+    cv2.putText(picture, text, (left + 2, base), font, scale, colour, size, cv2.LINE_AA)
 
 
 def _crop(image: Grey, left: int, top: int, side: int) -> Grey:

@@ -22,11 +22,21 @@ RECIPES = {
         ),
         Recipe(
             "small",
-            (Prune(ratio=0.3, of="macs", importance="taylor", keep=("classes", "distances"), finetune_epochs=6, batch_size=8),
-             PTQ, QAT(epochs=4, batch_size=8, lr=1e-4, ema=0.998)),
+            (
+                Prune(
+                    ratio=0.3,
+                    of="macs",
+                    importance="taylor",
+                    keep=("classes", "distances"),
+                    finetune_epochs=6,
+                    batch_size=8,
+                ),
+                PTQ,
+                QAT(epochs=4, batch_size=8, lr=1e-4, ema=0.998),
+            ),
             "about 15 minutes on two cores for 800 pairs",
             "30 % fewer multiplications, then INT8",
         ),
     )
-}  # fmt: skip
+}
 DEFAULT = "qat"

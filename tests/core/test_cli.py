@@ -139,8 +139,14 @@ def test_status_and_message_of_the_process_itself() -> None:
     [
         (InputError("board 7:\n  no such file"), "board 7: no such file"),
         (ParityError("int8-openvino: graph net drifts first at layer encoder.3"), "drifts first at layer encoder.3"),
-        (FloatingPointError("qat: loss is nan at epoch 1, step 2; lower lr 0.1"), "qat: loss is nan at epoch 1, step 2"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/report.html"), "out/report.html: no space left; free some"),
+        (
+            FloatingPointError("qat: loss is nan at epoch 1, step 2; lower lr 0.1"),
+            "qat: loss is nan at epoch 1, step 2",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/report.html"),
+            "out/report.html: no space left; free some",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk: no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "out/x"), "out/x: Permission denied; mend the path"),
         (OSError(errno.EROFS, "Read-only file system", "out/x"), "out/x: Read-only file system; mend the path"),
@@ -268,7 +274,10 @@ def test_predict_takes_the_kit_options_and_a_run_folder(artifact: Artifact, caps
     Path("a_run/artifact").symlink_to(artifact.folder)
     samples = KIT.dataset(None, "test")
     expected = [KIT.tell(KIT.model(), samples[i]) + 10 for i in (3, 1)]
-    for line in (f"predict {TOY} 3 1 --add 10 --artifact a_run --out here", f"predict --artifact a_run {TOY} 3 1 --add 10"):
+    for line in (
+        f"predict {TOY} 3 1 --add 10 --artifact a_run --out here",
+        f"predict --artifact a_run {TOY} 3 1 --add 10",
+    ):
         assert main(line.split()) == 0
         assert f"corners {expected}" in capsys.readouterr().out
     assert json.loads(Path("here/results.json").read_text()) == expected

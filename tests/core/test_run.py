@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import nn
 import core
 import core.run
 from core.export import Artifact
-from core.figures import Estimated, Figure, Gate, Measured
+from core.figures import Estimated, Figure, Measured
 from core.kit import InputError, Kit
 from core.report import Report
 from core.run import Run
@@ -140,7 +142,9 @@ def measured(figure: Figure | None) -> Measured:
 def variant_of(artifact: Artifact, basis: Measured) -> str:
     """The variant that a basis names: its runtime and its precision."""
     runtime = "onnxruntime" if basis.runtime.startswith("ONNX Runtime") else "openvino"
-    return next(n for n, v in artifact.variants.items() if v.runtime == runtime and f" {v.precision.upper()}" in basis.runtime)
+    return next(
+        n for n, v in artifact.variants.items() if v.runtime == runtime and f" {v.precision.upper()}" in basis.runtime
+    )
 
 
 def test_every_time_is_of_the_variant_that_its_basis_names(out: Path, report: Report) -> None:
@@ -216,8 +220,6 @@ def test_another_run_is_not_mixed_in(changed: dict[str, Any], what: str, out: Pa
 
 @pytest.mark.parametrize("what", ["bytes", "threshold", "missing"])
 def test_a_changed_artifact_is_refused(what: str, out: Path, tmp_path: Path) -> None:
-    import shutil
-
     own = Path(shutil.copytree(out, tmp_path / "own"))
     artifact = Artifact.open(own / "artifact")
     file = own / "artifact" / artifact.variant("int8-onnxruntime").files["net"]
@@ -227,22 +229,26 @@ def test_a_changed_artifact_is_refused(what: str, out: Path, tmp_path: Path) -> 
         file.unlink()
     else:
         artifact.describe({"threshold": 1})
-    named = {"bytes": "net.onnx: its bytes differ", "missing": "net.onnx: missing", "threshold": "not the artifact of this run"}
+    named = {
+        "bytes": "net.onnx: its bytes differ",
+        "missing": "net.onnx: missing",
+        "threshold": "not the artifact of this run",
+    }
     with pytest.raises(InputError, match=named[what]):
         a_run(own, WithBaseline(), resume=True)()
 
 
 @pytest.mark.parametrize("name", ["run.json", "stage-scores.json"])
 def test_a_torn_record_is_refused_by_name(name: str, out: Path, tmp_path: Path) -> None:
-    import shutil
-
     own = Path(shutil.copytree(out, tmp_path / "own"))
     (own / name).write_text('{"kit": "to')
     with pytest.raises(InputError, match=f"{name}: not JSON"):
         a_run(own, WithBaseline(), resume=True)()
 
 
-def test_a_new_run_in_an_old_folder_starts_anew_and_leaves_foreign_files(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_in_an_old_folder_starts_anew_and_leaves_foreign_files(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (out / "steps" / "mine").mkdir()
 
     class Begun(Exception):  # noqa: N818  no error, the end of the test
@@ -298,7 +304,10 @@ def test_a_kit_of_several_graphs(tmp_path: Path) -> None:
     x = torch.rand(1, 1, 16, 16)
     torch.testing.assert_close(one.head(one.encoder(x)), two(x), atol=1e-4, rtol=1e-4)
     accuracy = report.figures.find("accuracy", "original", "measured")
-    assert accuracy is not None and accuracy.value == KIT.score(two, KIT.dataset(None, "test"), {"threshold": 0})["accuracy"][0]
+    assert (
+        accuracy is not None
+        and accuracy.value == KIT.score(two, KIT.dataset(None, "test"), {"threshold": 0})["accuracy"][0]
+    )
     assert {row["layer"] for row in report.layers} >= {"encoder.0", "encoder.3", "head.1"}
 
 
@@ -363,14 +372,15 @@ def in_a_child(work: Callable[[], Any]) -> int:
     """The wait status of a forked process that does the work: libraries are loaded once for all of them."""
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             work()
+            status = 0
         except BaseException:
-            import traceback
-
             traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+            raise
+        finally:
+            os._exit(status)
     return os.waitpid(child, 0)[1]
 
 

@@ -1,7 +1,7 @@
 """The training loop against loops written out by hand, and going on after a real kill -9 to the same bytes.
 
 Run as a script, `python test_train.py kill FOLDER EPOCH` trains and kills itself after an epoch, and
-`accelerate launch test_train.py share FOLDER` trains in several processes.
+`torchrun test_train.py share FOLDER` trains in several processes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 PLAIN = Schedule(epochs=3, batch_size=8, lr=0.01, weight_decay=0.1, warmup=0.2)
 BUSY = Schedule(epochs=4, batch_size=8, lr=0.01, weight_decay=0.1, ema=0.9, clip=0.5)
+
+# what `accelerate launch` itself starts its processes with; for processors it would want mpirun installed
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -86,7 +89,9 @@ def negative_error(model: nn.Module) -> float:
         return -squared(model, next(images(99))).item()
 
 
-def train_net(folder: Path | None, *, resume: bool = False, on_epoch: Callable[[int, nn.Module], None] | None = None) -> Any:
+def train_net(
+    folder: Path | None, *, resume: bool = False, on_epoch: Callable[[int, nn.Module], None] | None = None
+) -> Any:
     return fit(net(), images, squared, BUSY, steps_per_epoch=STEPS, folder=folder, resume=resume,
                evaluate=negative_error, on_epoch=on_epoch)  # fmt: skip
 
@@ -260,14 +265,19 @@ def no_batches(epoch: int) -> Iterator[Batch]:
     raise AssertionError("asked for batches")
 
 
-def short(folder: Path, resume: bool = False, model: nn.Module | None = None, steps: int = STEPS, **changed: Any) -> Any:
+def short(
+    folder: Path, resume: bool = False, model: nn.Module | None = None, steps: int = STEPS, **changed: Any
+) -> Any:
     schedule = replace(PLAIN, epochs=1, **changed)
     return fit(model or linear(), rows, squared, schedule, steps_per_epoch=steps, folder=folder, resume=resume)
 
 
 def test_another_training_is_refused(tmp_path: Path) -> None:
     short(tmp_path)
-    for other, what in (({"lr": 0.5}, "another schedule"), ({"steps": 5}, "another number of steps an epoch, 6 instead")):
+    for other, what in (
+        ({"lr": 0.5}, "another schedule"),
+        ({"steps": 5}, "another number of steps an epoch, 6 instead"),
+    ):
         with pytest.raises(InputError, match=f"last.safetensors: was written with {what}"):
             short(tmp_path, resume=True, **other)
     with pytest.raises(InputError, match="last.safetensors: was written for another network"):
@@ -361,9 +371,7 @@ def test_an_epoch_without_batches_is_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_batches_and_end_alike(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    ran = run_here("share", str(tmp_path), launch=launch)
+    ran = run_here("share", str(tmp_path), launch=TWO_PROCESSES)
     assert ran.returncode == 0, ran.stderr
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [t["seen"] for t in told] == [[0, 2, 4] * BUSY.epochs, [1, 3, 5] * BUSY.epochs]
@@ -385,9 +393,7 @@ def test_two_processes_step_on_the_mean_gradient(tmp_path: Path) -> None:
         for one, two in zip(batches[::2], batches[1::2], strict=True):
             yield torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    ran = run_here("double", str(tmp_path), launch=launch)
+    ran = run_here("double", str(tmp_path), launch=TWO_PROCESSES)
     assert ran.returncode == 0, ran.stderr
     expected = fit(linear(), doubled, squared, PLAIN, steps_per_epoch=STEPS // 2)
     for name, value in load_file(tmp_path / "0.safetensors").items():
@@ -397,7 +403,7 @@ def test_two_processes_step_on_the_mean_gradient(tmp_path: Path) -> None:
 
 
 def run_here(*arguments: str, launch: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [*(launch or [sys.executable]), str(Path(__file__)), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

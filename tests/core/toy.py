@@ -1,4 +1,4 @@
-"""A whole kit in one small file: which corner of a 16 x 16 image is bright, told by two convolutions and a linear layer."""
+"""A whole kit in one small file: which corner of a 16 x 16 image is bright, told by a small network."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ class ToyKit:
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    def score(self, module: nn.Module, samples: Sequence[Sample], meta: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    def score(
+        self, module: nn.Module, samples: Sequence[Sample], meta: Mapping[str, Any]
+    ) -> dict[str, tuple[float, str]]:
         right = sum(self.tell(module, s) == s.corner for s in samples)
         return {"accuracy": (100 * right / len(samples), "%"), "confident": (float(meta["threshold"]), "count")}
 
@@ -116,7 +118,9 @@ class ToyKit:
         (out / "trained.json").write_text(json.dumps({"data": str(data), "preset": preset, "resume": resume}))
         return Figures([Figure("accuracy", 100.0, "%", Measured("this-host: toy", "torch", 1))])
 
-    def evaluate(self, module: nn.Module, samples: Sequence[Sample], meta: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    def evaluate(
+        self, module: nn.Module, samples: Sequence[Sample], meta: Mapping[str, Any], out: Path
+    ) -> dict[str, Any]:
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         for index, sample in enumerate(samples):
             (out / "predictions" / f"{index}.txt").write_text(f"{self.tell(module, sample)}\n")
@@ -129,7 +133,9 @@ class ToyKit:
             if not text.isdigit():
                 raise InputError(f"input {text!r}: expected the number of a sample")
 
-    def predict(self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any) -> str:
+    def predict(
+        self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any
+    ) -> str:
         out.mkdir(parents=True, exist_ok=True)
         found = [self.tell(module, self.dataset(None, "test")[int(i)]) + options.add for i in inputs]
         (out / "results.json").write_text(json.dumps(found))
