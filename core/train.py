@@ -77,10 +77,11 @@ def fit(
 ) -> Fit:
     """Train a model in place and return it, with the weights of the best epoch if `evaluate` is given.
 
-    `batches(epoch)` yields that epoch's batches, the same for the same epoch. `evaluate` is a score
-    where more is better. With `folder`, every epoch leaves `last.safetensors` there, the state of
-    everything in one file, and `resume` goes on from it. Raises FloatingPointError when the loss is no
-    longer finite, InputError for an epoch without batches and for a checkpoint of another training.
+    `batches(epoch)` yields that epoch's batches, the same for the same epoch; `steps_per_epoch` of them
+    are taken. `evaluate` is a score where more is better. With `folder`, every epoch leaves
+    `last.safetensors` there, the state of everything in one file, and `resume` goes on from it. Raises
+    FloatingPointError when the loss is no longer finite, InputError for an epoch without batches and for
+    a checkpoint of another training.
 
     Under `accelerate launch` the N processes share the batches of an epoch, one each a step, so that it has
     `steps_per_epoch // N` steps; a last round of fewer than N batches is left out. `loss` must then call the
@@ -126,7 +127,7 @@ def fit(
             bare.train()
             started, losses = time.perf_counter(), []
             with closing(_ahead(_share(batches(epoch), accelerator))) as ready:
-                for index, batch in enumerate(ready):
+                for index, batch in enumerate(itertools.islice(ready, steps)):
                     step = epoch * steps + index
                     for group in optimizer.param_groups:
                         group["lr"] = schedule.rate(step, total)

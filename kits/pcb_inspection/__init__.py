@@ -78,7 +78,7 @@ class PcbInspection:
         """Varied crops for training, whole pairs otherwise."""
         ready = prepare(samples)
         if train:
-            return training.training_batches(ready, batch_size, seed, 0)
+            return training.training_batches(ready, batch_size, -(-len(ready) // batch_size), seed, 0)
         return training.whole_batches(ready, batch_size)
 
     def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:

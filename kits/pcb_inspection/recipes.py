@@ -16,7 +16,7 @@ RECIPES = {
         Recipe("int8", (PTQ,), "a minute", "INT8 without training"),
         Recipe(
             "qat",
-            (PTQ, QAT(epochs=4, batch_size=8, lr=1e-4, ema=0.998)),
+            (PTQ, QAT(epochs=6, batch_size=8, lr=1e-4, ema=0.998)),
             "about 5 minutes on two cores for 800 pairs",
             "INT8 trained to be INT8: what the kit ships",
         ),
@@ -32,7 +32,7 @@ RECIPES = {
                     batch_size=8,
                 ),
                 PTQ,
-                QAT(epochs=4, batch_size=8, lr=1e-4, ema=0.998),
+                QAT(epochs=6, batch_size=8, lr=1e-4, ema=0.998),
             ),
             "about 15 minutes on two cores for 800 pairs",
             "30 % fewer multiplications, then INT8",
