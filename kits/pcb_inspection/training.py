@@ -51,7 +51,7 @@ def train_detector(
         done = _cycle(model, train, validation, schedule, folder / f"cycle{number}", resume)
         model, history = done.model, history + done.history
     # as safetensors stores it
-    return Fit(model.to(memory_format=torch.contiguous_format), history)  # type: ignore[call-overload]
+    return Fit(model.to(memory_format=torch.contiguous_format), history)
 
 
 def _cycle(
