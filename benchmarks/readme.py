@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.report import read_json
-from core.report.tables import markdown_results, replace_block
+from core.report.tables import markdown_gates, markdown_results, markdown_tables, replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = {
-    "pcb_inspection": ("README.md", "kits/pcb_inspection/README.md"),
+BLOCKS = {
+    "README.md": {"pcb_inspection": (markdown_gates, markdown_tables)},
+    "kits/pcb_inspection/README.md": {"pcb_inspection": (markdown_tables, markdown_results)},
 }
+"""README -> kit whose stored report fills the block of that name -> what of it is shown."""
 
 
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
-    for name, readmes in TABLES.items():
-        table = markdown_results(read_json(ROOT / "benchmarks" / "reports" / name / "report.json"))
-        for readme in readmes:
-            path = ROOT / readme
-            texts[path] = replace_block(texts.get(path) or path.read_text(encoding="utf-8"), name, table)
+    for readme, blocks in BLOCKS.items():
+        path = ROOT / readme
+        text = path.read_text(encoding="utf-8")
+        for kit, parts in blocks.items():
+            report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
+            text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
+        texts[path] = text
     return texts
 
 

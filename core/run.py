@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +20,8 @@ from core.figures import Estimated, Figure, Figures, Measured, Stage
 from core.files import replaced
 from core.hardware import estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix
-from core.kit import InputError, Kit, Recipe, Step
-from core.quantization import layer_sqnr, quant_layers
+from core.kit import InputError, Kit, Recipe
+from core.quantization import layer_sqnr, quant_layers, unquantized
 from core.report import Report, judge, read_json
 
 THREADS = min(2, len(available_cores()))
@@ -53,12 +52,6 @@ class Run:
         self._begin()
         original = self.kit.model(self.weights)
         _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
-        float_models = [original]
-
-        def on_step(index: int, step: Step, model: nn.Module) -> None:
-            if not quant_layers(model):
-                float_models.append(copy.deepcopy(model))
-
         small, trace = compress(
             original,
             self.recipe,
@@ -67,7 +60,6 @@ class Run:
             preset=self.preset,
             folder=self.out / "steps",
             resume=self.resume,
-            on_step=on_step,
         )
         artifact = self._artifact({"fp32": original, "int8": small})
         split = self.kit.report_split(self.data)
@@ -92,7 +84,7 @@ class Run:
             kit=self.kit.name,
             recipe=self.recipe,
             target=self.target,
-            layers=self._layers(float_models[-1], small),
+            layers=self._layers(small),
             tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
             notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
@@ -269,12 +261,12 @@ class Run:
                         )
         return found
 
-    def _layers(self, unquantized: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
-        """A row a layer; the error is that against the model as it was before its first quantization."""
+    def _layers(self, small: nn.Module) -> list[dict[str, Any]]:
+        """A row a layer; the error is that against the same model with its quantizers off."""
         graphs = self.kit.exports()
         samples = list(islice(self.kit.dataset(self.data, "val", self.preset), 4))
         inputs = [self.kit.inputs(b) for b in self.kit.batches(samples, 2, train=False)]
-        errors = layer_sqnr(unquantized, small, inputs) if len(graphs) == 1 else {}
+        errors = layer_sqnr(unquantized(small), small, inputs) if len(graphs) == 1 else {}
         _, bits = _precision(small)
         rows = []
         for graph in graphs:

@@ -15,6 +15,7 @@ from core.quantization.modules import QuantConv2d as QuantConv2d
 from core.quantization.modules import Quantizer as Quantizer
 from core.quantization.modules import QuantLinear as QuantLinear
 from core.quantization.modules import quant_layers as quant_layers
+from core.quantization.modules import unquantized as unquantized
 from core.quantization.numerics import choose_qparams as choose_qparams
 from core.quantization.numerics import dequantize as dequantize
 from core.quantization.numerics import fake_quantize as fake_quantize

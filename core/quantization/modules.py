@@ -8,6 +8,7 @@ is the optional output quantizer. Sums of residual branches stay float.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Self
@@ -170,6 +171,14 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:
     """Every quantizer of a model, a shared one once."""
     return (m for m in model.modules() if isinstance(m, Quantizer))
+
+
+def unquantized(model: nn.Module) -> nn.Module:
+    """A copy whose quantizers do nothing: the float model that a quantized one stands for, training included."""
+    copied = copy.deepcopy(model)
+    for quantizer in quantizers(copied):
+        quantizer.active = False
+    return copied
 
 
 def _adopt(new: QuantLayer, layer: nn.Conv2d | nn.Linear, weight: Scheme, activation: Scheme | None, name: str) -> None:

@@ -23,13 +23,27 @@ def markdown_results(report_json: Mapping[str, Any]) -> str:
         (row.label, _value(row.original), _value(row.compressed), _change(row), _basis(row, sources))
         for row in rows(figures_of(report_json))
     ]
-    gates = [(j.gate.name, bound_text(j.gate), j.verdict, j.why) for j in judgements_of(report_json)]
     parts = [
         _table(("figure", "original", "compressed", "change", "basis"), results, ":--|--:|--:|--:|:--"),
         "\n".join(f"{number}. {_cell(source)}" for source, number in sources.items()),
     ]
-    if gates:
-        parts.append(_table(("gate", "bound", "verdict", "why"), gates, ":--|:--|:--|:--"))
+    parts.append(markdown_gates(report_json))
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown_gates(report_json: Mapping[str, Any]) -> str:
+    """The gates of a stored report as Markdown; nothing where it has none."""
+    gates = [(j.gate.name, bound_text(j.gate), j.verdict, j.why) for j in judgements_of(report_json)]
+    return _table(("gate", "bound", "verdict", "why"), gates, ":--|:--|:--|:--") if gates else ""
+
+
+def markdown_tables(report_json: Mapping[str, Any]) -> str:
+    """The comparison tables of a stored report as Markdown, each under its title and above its note."""
+    parts = []
+    for table in report_json["tables"]:
+        body = [["" if value is None else str(value) for value in row] for row in table["rows"]]
+        text = _table(table["columns"], body, "|".join([":--", *["--:"] * (len(table["columns"]) - 1)]))
+        parts += [f"**{table['title']}**", text, table["note"]]
     return "\n\n".join(part for part in parts if part)
 
 

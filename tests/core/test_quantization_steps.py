@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from core.compress import compress
 from core.kit import InputError, Recipe, Step
-from core.quantization import QAT, PerGroup, Plan, Quantize, layer_sqnr, prepare, quant_layers
+from core.quantization import QAT, PerGroup, Plan, Quantize, calibrate, layer_sqnr, prepare, quant_layers, unquantized
 from core.quantization.modules import QuantConv2d, Quantizer, quantizers
 from core.quantization.numerics import lsq_gradient_scale
 from core.quantization.schemes import Scheme
@@ -226,3 +226,14 @@ def test_steps_are_json() -> None:
     step = Quantize(keep=("head.*",), weight_bits=4)
     assert Step.from_json(json.loads(json.dumps(step.to_json()))) == step
     assert Step.from_json(json.loads(json.dumps(QAT(epochs=3).to_json()))) == QAT(epochs=3)
+
+
+def test_unquantized_copy_computes_in_float():
+    layer = nn.Conv2d(2, 3, 3)
+    x = torch.rand(1, 2, 5, 5)
+    expected = layer(x)
+    model = prepare(nn.Sequential(layer), Quantize(weight_bits=3, activation_bits=3), (x,))
+    calibrate(model, [(x,)], "minmax")
+    assert not torch.allclose(model(x), expected, atol=1e-2)
+    assert torch.allclose(unquantized(model)(x), expected, atol=1e-6)
+    assert not torch.allclose(model(x), expected, atol=1e-2), "the original stays quantized"
