@@ -139,9 +139,9 @@ class PcbInspection:
         """Train from random weights, then run the default recipe; leaves weights/ with their card and artifact/."""
         sets = {name: self.dataset(data, name, preset) for name in ("train", "val", "holdout")}
         started = time.perf_counter()
-        cycles = training.CYCLES[preset]
+        schedule = training.SCHEDULES[preset]
         trained = training.train_detector(
-            prepare(sets["train"]), prepare(sets["val"]), cycles, out / "training", resume
+            prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume
         )
         weights = out / "weights"
         weights.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class PcbInspection:
             "pairs": {name: len(pairs) for name, pairs in sets.items()},
             "groups": {name: board_groups(pairs) for name, pairs in sets.items()},
             "parameters": sum(p.numel() for p in fp32.parameters()),
-            "seed": cycles[0].seed,
+            "seed": schedule.seed,
             "seconds": round(spent),
             "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}",
         }

@@ -27,42 +27,22 @@ EACH = 2
 DRAWN = 120
 """Clean boards of the generator that train along."""
 
-CYCLES = {
-    "full": (
-        Schedule(
-            epochs=42, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0, evaluate_every=5
-        ),
-        Schedule(epochs=14, batch_size=8, lr=1e-3, weight_decay=1e-4, ema=0.999, clip=5.0, evaluate_every=7, seed=1),
-    ),
-    "smoke": (Schedule(epochs=2, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.2, ema=0.9, clip=5.0),),
-}
-"""Schedules that follow one another, the later ones on fresh crops and boards from the weights of the one before."""
+SCHEDULES = {
+    "full": Schedule(epochs=42, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0,
+                     evaluate_every=5),
+    "smoke": Schedule(epochs=2, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.2, ema=0.9, clip=5.0),
+}  # fmt: skip
 
 
 def train_detector(
-    train: Sequence[Ready], validation: Sequence[Ready], cycles: Sequence[Schedule], folder: Path, resume: bool
+    train: Sequence[Ready], validation: Sequence[Ready], schedule: Schedule, folder: Path, resume: bool
 ) -> Fit:
-    """Train a detector from random weights; of every cycle the epoch best by mAP50-95 on `validation` goes on."""
-    torch.manual_seed(cycles[0].seed)
+    """Train a detector from random weights; the epoch is chosen by mAP50-95 on `validation`."""
+    torch.manual_seed(schedule.seed)
     # channels last is a quarter faster on a CPU
-    model: nn.Module = PairDetector().to(memory_format=torch.channels_last)
-    history: list[dict[str, float]] = []
-    for number, schedule in enumerate(cycles):
-        done = _cycle(model, train, validation, schedule, folder / f"cycle{number}", resume)
-        model, history = done.model, history + done.history
-    # as safetensors stores it
-    return Fit(model.to(memory_format=torch.contiguous_format), history)
-
-
-def _cycle(
-    model: nn.Module,
-    train: Sequence[Ready],
-    validation: Sequence[Ready],
-    schedule: Schedule,
-    folder: Path,
-    resume: bool,
-) -> Fit:
+    model = PairDetector().to(memory_format=torch.channels_last)
     ready = [*train, *drawn(max(4, round(DRAWN * min(1.0, len(train) / 800))), schedule.seed)]
+
     steps = max(1, len(ready) * EACH // schedule.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
@@ -71,7 +51,7 @@ def _cycle(
     def validate(network: nn.Module) -> float:
         return mean_average_precision_5095(network, validation)
 
-    return fit(
+    trained = fit(
         model,
         batches,
         loss,
@@ -80,8 +60,10 @@ def _cycle(
         folder=folder,
         resume=resume,
         evaluate=validate,
-        label=folder.name,
+        label="training",
     )
+    trained.model.to(memory_format=torch.contiguous_format)  # as safetensors stores it
+    return trained
 
 
 def training_batches(

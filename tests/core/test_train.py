@@ -239,6 +239,15 @@ def test_evaluates_every_so_often_and_at_the_end() -> None:
     assert [entry["epoch"] for entry in found.history if "score" in entry] == [1, 3, 4]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that `run_here` starts: sums of several threads differ from those of one in the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train_net(tmp_path_factory.mktemp("whole"))
