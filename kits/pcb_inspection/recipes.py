@@ -34,7 +34,7 @@ RECIPES = {
                 PTQ,
                 QAT(epochs=6, batch_size=8, lr=1e-4, ema=0.998),
             ),
-            "about 15 minutes on two cores for 800 pairs",
+            "not timed yet; fine-tunes and trains, so plan for an hour",
             "30 % fewer multiplications, then INT8",
         ),
     )
