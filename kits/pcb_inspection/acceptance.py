@@ -40,7 +40,7 @@ TILE_CM2 = (640 / PX_PER_MM / 10) ** 2
 """The area of one DeepPCB image, cm2."""
 CONFIDENCE_FLOOR = 0.01
 """Predictions are handed over down to this confidence."""
-SLACK = 0.5
+SLACK = 0.2
 """Points of F that the frozen threshold gives up for recall."""
 
 SIZE_EDGES = (0, HALF_MM, 32, 48, 64, math.inf)  # longest side, px

@@ -23,6 +23,10 @@ DUAL = np.array([1, 0, 3, 2, 5, 4])
 """The class that a defect turns into when copper and board change places: open and short, mousebite and spur, ..."""
 
 
+BLEMISHED = 0.2
+"""Share of the crops whose template has a flaw that the board has not: a difference, and no defect."""
+
+
 @dataclass(frozen=True)
 class Ready:
     """A pair that is decoded, binarised and registered: test and template (H, W), boxes (n, 4), labels (n,)."""
@@ -137,6 +141,8 @@ def _vary(crop: Crop, bare: bool, rng: np.random.Generator) -> Crop:
         test, boxes, labels = template, boxes[:0], labels[:0]
     elif fresh:  # new defects on the clean template, so that no two epochs see the same
         test, boxes, labels = add_defects(template, rng, int(rng.integers(1, 5)))
+    if rng.random() < BLEMISHED:
+        template = _blemished(template, boxes, rng)
     test, template = _edges(test, rng, 0.7 if fresh else 0.3), _edges(template, rng, 0.15)
     if rng.random() < 0.4:
         test, template, labels = 255 - test, 255 - template, DUAL[labels]
@@ -150,6 +156,11 @@ def _vary(crop: Crop, bare: bool, rng: np.random.Generator) -> Crop:
     if rng.random() < 0.5:
         test, template, boxes = test.T, template.T, boxes[:, [1, 0, 3, 2]]
     return Crop(np.ascontiguousarray(test), np.ascontiguousarray(template), boxes, labels)
+
+
+def _blemished(template: Grey, boxes: NDArray[np.float32], rng: np.random.Generator) -> Grey:
+    """A template with one or two flaws of its own away from the boxes (n, 4): the board is good there."""
+    return add_defects(template, rng, int(rng.integers(1, 3)), kinds=("pin-hole", "mousebite"), avoid=boxes)[0]
 
 
 def _edges(image: Grey, rng: np.random.Generator, chance: float) -> Grey:

@@ -16,7 +16,7 @@ from core.kit import InputError
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
 VALIDATION_GROUPS = ("group50600",)
-HOLDOUT_GROUPS = ("group77000",)
+HOLDOUT_GROUPS = ("group92000",)
 SPLITS = ("train", "val", "holdout", "trainval", "test")
 SHARE = 0.15  # of the groups, to validation and again to holdout, where the boards are not DeepPCB's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")

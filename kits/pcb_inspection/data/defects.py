@@ -27,7 +27,8 @@ REACH = 90  # pixels, the widest trace or gap that a stroke crosses
 FREQUENCY = np.array([1283, 1028, 1379, 1142, 1010, 1031]) / 6873  # of the classes in trainval.txt
 LENGTH = {"mousebite": (16.5, 0.42), "spur": (17.5, 0.36), "copper": (26.0, 0.42), "pin-hole": (25.0, 0.42)}
 WIDTH = {"open": 5.5, "short": 5.5, "mousebite": 5.5, "spur": 6.0, "copper": 7.5, "pin-hole": 6.5}  # of the pen
-CORNERS = 0.15  # share of the opens that cut off a corner and not a trace
+CORNERS = 0.08  # share of the opens that cut off a corner and not a trace
+CORNER_BITES = 0.15  # share of the mousebites and spurs that are looked for at corners
 TRIES = 40
 
 Points = NDArray[np.float64]
@@ -196,7 +197,7 @@ class Board:
 
     def _bite(self, kind: str, removes: bool, rng: np.random.Generator, shrink: float) -> Stroke | None:
         """A stroke from outside over one edge, into copper (mousebite) or out of it (spur), not to the other side."""
-        points, normals, widths = self._crossings(removes, rng)
+        points, normals, widths = self._crossings(removes, rng, corners=rng.random() < CORNER_BITES)
         if not len(points):
             return None
         point, normal, width = points[0], normals[0], float(widths[0])
@@ -258,13 +259,20 @@ class Board:
             return None
         return stroke if (self._copper[y : y + h, x : x + w][wide > 0] == removes).all() else None
 
-    def _crossings(self, removes: bool, rng: np.random.Generator) -> tuple[Points, Points, NDArray[np.int64]]:
+    def _crossings(
+        self, removes: bool, rng: np.random.Generator, corners: bool = False
+    ) -> tuple[Points, Points, NDArray[np.int64]]:
         """Up to 6 random edge points (n, 2), their unit normals into copper or out of it (n, 2), and the width there.
 
-        The width (n,) is in pixels along the normal, REACH where the far side is further or off the image.
+        The width (n,) is in pixels along the normal, REACH where the far side is further or off the image. With
+        `corners` the points are those of 120 about which the least of the material lies.
         """
         height, width = self._copper.shape
-        place = self._edges[rng.integers(0, len(self._edges), 6)] if len(self._edges) else self._edges
+        edges = self._edges
+        place = edges[rng.integers(0, len(edges), 120 if corners else 6)] if len(edges) else edges
+        if corners and len(place):
+            around = cv2.blur(self._copper * 255, (17, 17)).ravel()[place]
+            place = place[np.argsort(around if removes else 255 - around, kind="stable")[:6]]
         x, y = place % width, place // width
         within = (x >= 8) & (x < width - 8) & (y >= 8) & (y < height - 8)
         x, y = x[within], y[within]
