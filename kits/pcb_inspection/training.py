@@ -28,7 +28,7 @@ DRAWN = 160
 """Clean boards of the generator that train along."""
 
 SCHEDULES = {
-    "full": Schedule(epochs=48, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0,
+    "full": Schedule(epochs=64, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.03, ema=0.999, clip=5.0,
                      evaluate_every=5),
     "smoke": Schedule(epochs=2, batch_size=8, lr=2e-3, weight_decay=1e-4, warmup=0.2, ema=0.9, clip=5.0),
 }  # fmt: skip
