@@ -35,6 +35,7 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
         "--weights", type=Path, help="start from these weights: the folder that `fitkit train` left, or a file"
     )
     train = _command(commands, "train", "train the kit's model from random weights")
+    train.add_argument("--teacher", type=Path, help="weights of a larger model to learn from as well")
     for command in (run, train):
         command.add_argument("--preset", choices=PRESETS, default="full", help="smoke: a short trial (default: full)")
         command.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
@@ -163,7 +164,9 @@ def _run(kit: Any, options: argparse.Namespace) -> int:
 def _train(kit: Any, options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / f"{kit.name}-train"
     out.mkdir(parents=True, exist_ok=True)
-    figures = kit.train(_folder(options.data), options.preset, out, options.resume)
+    if options.teacher is not None and not options.teacher.exists():
+        raise InputError(f"--teacher {options.teacher}: no such file; give the teacher's weights")
+    figures = kit.train(_folder(options.data), options.preset, out, options.resume, options.teacher)
     for figure in figures:
         print(f"{figure.name:24} {figure}")
     print(f"weights: {out}")

@@ -163,8 +163,11 @@ class Kit(Protocol):
         """The split that no choice has seen, on which figures are reported."""
         ...
 
-    def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
-        """Train from random weights, leave them in `out`, and return the scores on the report split."""
+    def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
+        """Train from random weights, leave them in `out`, and return the scores on the report split.
+
+        `teacher` are the weights of a larger model to learn from as well; InputError where a kit knows none.
+        """
         ...
 
     def evaluate(self, module: nn.Module, samples: Sequence[Any], meta: Mapping[str, Any], out: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from core.compress import compress, history, replay
@@ -21,6 +20,7 @@ from core.evaluation.measure import device, runtime_title
 from core.export import export
 from core.figures import Figure, Figures, Measured, Stage
 from core.kit import Graph, InputError, Recipe
+from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
@@ -135,20 +135,23 @@ class PcbInspection:
         os.replace(fresh, out / "metrics.json")
         return result
 
-    def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
-        """Train from random weights, then run the default recipe; leaves weights/ with their card and artifact/."""
+    def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
+        """Train from random weights, then run the default recipe; leaves weights/ with their card and artifact/.
+
+        `teacher` are the weights of a YOLO trained by `benchmarks/pcb_yolo.py`.
+        """
         sets = {name: self.dataset(data, name, preset) for name in ("train", "val", "holdout")}
         started = time.perf_counter()
         schedule = training.SCHEDULES[preset]
         trained = training.train_detector(
-            prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume
+            prepare(sets["train"]), prepare(sets["val"]), schedule, out / "training", resume, _teacher(teacher)
         )
         weights = out / "weights"
         weights.mkdir(parents=True, exist_ok=True)
-        save_model(trained.model, str(weights / "fp32.safetensors"))
+        save_weights(trained.model, weights / "fp32.safetensors")
         fp32 = self.model(weights / "fp32.safetensors")
         int8, _ = compress(fp32, RECIPES[DEFAULT], self, data=data, preset=preset, folder=out / "steps", resume=resume)
-        save_model(int8, str(weights / "int8.safetensors"))
+        save_weights(int8, weights / "int8.safetensors")
         artifact = export(
             {"fp32": fp32, "int8": int8}, self.exports(), self.default_target, out / "artifact", kit=self.name
         )
@@ -158,6 +161,7 @@ class PcbInspection:
             for name in artifact.variants
         }
         spent = sum(entry["seconds"] for entry in trained.history) + time.perf_counter() - started
+        taught = " --teacher YOLO" if teacher else ""
         about = {
             "data": "DeepPCB, trainval" if data else "the kit's generated set",
             "deeppcb": data is not None,
@@ -167,7 +171,7 @@ class PcbInspection:
             "parameters": sum(p.numel() for p in fp32.parameters()),
             "seed": schedule.seed,
             "seconds": round(spent),
-            "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}",
+            "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}{taught}",
         }
         write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
         figures = Figures()
@@ -219,6 +223,14 @@ class PcbInspection:
         return sheet(module, samples, meta["threshold"])
 
 
+def _teacher(weights: Path | None) -> training.Teacher | None:
+    if weights is None:
+        return None
+    from kits.pcb_inspection.baseline import yolo_teacher  # an extra, for training only
+
+    return yolo_teacher(weights)
+
+
 @lru_cache(maxsize=8)
 def _split(root: Path, name: str) -> list[Pair]:
     return split(root, name)
@@ -228,10 +240,7 @@ def _load(model: nn.Module, path: Path) -> nn.Module:
     """Weights of a safetensors file, strictly; raises InputError naming the file where they do not fit."""
     if not path.is_file():
         raise InputError(f"{path}: no weights here; train them with: fitkit train pcb_inspection --out DIR")
-    try:
-        load_model(model, path, strict=True)
-    except Exception as error:  # safetensors raises its own type for a torn file, torch RuntimeError for other shapes
-        raise InputError(f"{path}: not weights of this network ({str(error).splitlines()[0]})") from error
+    load_weights(model, path)
     return model.eval()
 
 

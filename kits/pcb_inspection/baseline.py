@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from core.cache import cache_folder
 from core.kit import InputError
@@ -25,6 +28,7 @@ from kits.pcb_inspection.model.decode import FLOOR, MOST
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
 from kits.pcb_inspection.model.inspector import TILE
 
+STRIDES = (8, 16, 32)
 ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
 
 
@@ -112,6 +116,34 @@ def detect_yolo(weights: Path, architecture: str, pairs: Sequence[Pair], threads
     return {p.image_id: _detect(module, np.repeat(p.load()[0][None, None], 3, 1)) for p in pairs}
 
 
+def yolo_teacher(weights: Path) -> Callable[[Tensor], Tensor]:
+    """A trained YOLO as a teacher: images (N, H, W) uint8 to class probabilities (N, 6, H / 8, W / 8).
+
+    The cells of its strides 16 and 32 are spread over the finer ones and the larger probability counts.
+    """
+    network = _yolo(ARCHITECTURES[0], weights).model.eval()
+    classes = int(getattr(network, "nc", 0) or len(getattr(network, "names", ())))
+    if classes != len(CLASSES):
+        raise InputError(f"{weights}: a YOLO of {classes} classes, expected the {len(CLASSES)} of this kit")
+
+    @torch.no_grad()
+    def probabilities(images: Tensor) -> Tensor:
+        count, height, width = images.shape
+        found = network((images[:, None].float() / 255).expand(-1, 3, -1, -1))
+        rows = found[0] if isinstance(found, tuple) else found
+        cells = [(height // s) * (width // s) for s in STRIDES]
+        if rows.ndim != 3 or rows.shape[1:] != (4 + classes, sum(cells)):
+            raise InputError(
+                f"{weights}: gives {tuple(rows.shape)} and not a score a cell; yolov8n and yolo11n can teach, "
+                "end-to-end heads such as yolo26n's cannot"
+            )
+        scales = rows[:, 4:].split(cells, 2)
+        planes = [s.reshape(count, classes, height // n, width // n) for s, n in zip(scales, STRIDES, strict=True)]
+        return torch.stack([functional.interpolate(p, planes[0].shape[2:]) for p in planes]).amax(0)
+
+    return probabilities
+
+
 def _check(architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise InputError(f"YOLO {architecture!r} is not known here; known are {', '.join(ARCHITECTURES)}")
@@ -138,8 +170,6 @@ def _yolo(architecture: str, weights: Path | None) -> Any:
 
 def _detect(module: Any, image: np.ndarray) -> np.ndarray:
     """Detections (n, 6) of one image (1, 3, H, W) uint8, from YOLO's output (1, 4 + classes, cells)."""
-    import torch
-
     from core.evaluation.detection import suppress
 
     output = module(torch.from_numpy(np.multiply(image, np.float32(1 / 255), dtype=np.float32)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from core.evaluation.detection import mean_average_precision
 from core.train import Fit, Schedule, fit
-from kits.pcb_inspection.data.augment import Crop, Ready, crops, drawn
+from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, drawn
 from kits.pcb_inspection.model.decode import decode
 from kits.pcb_inspection.model.inspector import pad, to_input
-from kits.pcb_inspection.model.loss import detection_loss
+from kits.pcb_inspection.model.loss import detection_loss, response_loss
 from kits.pcb_inspection.model.network import CLASS_COUNT, COARSEST, PairDetector
 from kits.pcb_inspection.model.pair import stack
 
+Teacher = Callable[[Tensor], Tensor]
+"""Tested images (N, H, W) uint8, copper dark, to class probabilities (N, 6, H / 8, W / 8)."""
 SIZE = 320
 """Side of a training crop in pixels."""
+TAUGHT = 0.5
+"""Weight of the teacher's answer beside the annotations."""
 EACH = 2
 """Crops a pair and epoch."""
 DRAWN = 160
@@ -35,7 +39,12 @@ SCHEDULES = {
 
 
 def train_detector(
-    train: Sequence[Ready], validation: Sequence[Ready], schedule: Schedule, folder: Path, resume: bool
+    train: Sequence[Ready],
+    validation: Sequence[Ready],
+    schedule: Schedule,
+    folder: Path,
+    resume: bool,
+    teacher: Teacher | None = None,
 ) -> Fit:
     """Train a detector from random weights; the epoch is chosen by mAP50-95 on `validation`."""
     torch.manual_seed(schedule.seed)
@@ -46,7 +55,7 @@ def train_detector(
     steps = max(1, len(ready) * EACH // schedule.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
-        return training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch)
+        return training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
 
     def validate(network: nn.Module) -> float:
         return mean_average_precision_5095(network, validation)
@@ -67,13 +76,17 @@ def train_detector(
 
 
 def training_batches(
-    ready: Sequence[Ready], batch_size: int, steps: int, seed: int, epoch: int
+    ready: Sequence[Ready], batch_size: int, steps: int, seed: int, epoch: int, teacher: Teacher | None = None
 ) -> Iterator[dict[str, Any]]:
-    """`steps` batches of crops: "images" (N, 4, SIZE, SIZE) float32 in 0..1, "truths" [(boxes (n, 4), labels (n,))]."""
+    """`steps` batches of crops: "images" (N, 4, SIZE, SIZE) float32 in 0..1, "truths" [(boxes (n, 4), labels (n,))].
+
+    With a teacher also "taught", its class probabilities (N, 6, SIZE / 8, SIZE / 8).
+    """
     cut = crops(ready, SIZE, -(-steps * batch_size // len(ready)), seed, epoch)
     for _ in range(steps):
         batch: list[Crop] = list(islice(cut, batch_size))
-        yield collate([stack(c.test, c.template) for c in batch], [(c.boxes, c.labels) for c in batch])
+        collated = collate([stack(c.test, c.template) for c in batch], [(c.boxes, c.labels) for c in batch])
+        yield collated if teacher is None else {**collated, "taught": taught(teacher, batch)}
 
 
 def whole_batches(ready: Sequence[Ready], batch_size: int) -> Iterator[dict[str, Any]]:
@@ -99,7 +112,20 @@ def collate(planes: list[np.ndarray], truths: list[tuple[np.ndarray, np.ndarray]
 def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The training loss of a batch, a scalar."""
     logits, distances = model(batch["images"])
-    return detection_loss(logits, distances, batch["truths"])
+    found = detection_loss(logits, distances, batch["truths"])
+    return found + TAUGHT * response_loss(logits, batch["taught"]) if "taught" in batch else found
+
+
+def taught(teacher: Teacher, batch: Sequence[Crop]) -> Tensor:
+    """What a teacher sees in crops: class probabilities (N, 6, SIZE / 8, SIZE / 8).
+
+    The teacher has only seen boards of dark copper: an inverted crop is shown as it was, and its answer is turned
+    into the dual classes.
+    """
+    shown = [255 - crop.test if crop.dual else crop.test for crop in batch]
+    seen = teacher(torch.from_numpy(np.stack(shown)))
+    dual = torch.tensor([crop.dual for crop in batch])
+    return torch.where(dual[:, None, None, None], seen[:, DUAL.tolist()], seen)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ class ToyKit:
     def report_split(self, data: Path | None) -> str:
         return "test"
 
-    def train(self, data: Path | None, preset: str, out: Path, resume: bool) -> Figures:
+    def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
         (out / "trained.json").write_text(json.dumps({"data": str(data), "preset": preset, "resume": resume}))
         return Figures([Figure("accuracy", 100.0, "%", Measured("this-host: toy", "torch", 1))])
 

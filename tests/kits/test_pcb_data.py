@@ -153,7 +153,7 @@ def test_splits_take_whole_groups(base: Path) -> None:
     lines = [write_pair(base, name, f"{name[5:]}00{i}") for name in names for i in range(2)]
     (base / "trainval.txt").write_text("\n".join(lines))
     found = {s: {p.group for p in deeppcb.split(base, s)} for s in ("train", "val", "holdout")}
-    assert found == {"train": {"group00041"}, "val": {"group50600"}, "holdout": {"group77000"}}
+    assert found == {"train": {"group00041"}, "val": {"group50600"}, "holdout": {"group92000"}}
 
     own = {f"board{i}" for i in range(20)}
     parts = deeppcb.split_groups(own, base)

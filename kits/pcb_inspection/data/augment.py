@@ -73,12 +73,16 @@ def drawn(count: int, seed: int) -> list[Ready]:
 
 @dataclass(frozen=True)
 class Crop:
-    """One training example: test and template (size, size), boxes (n, 4) in its pixels, labels (n,)."""
+    """One training example: test and template (size, size), boxes (n, 4) in its pixels, labels (n,).
+
+    `dual` says that copper and board have changed places.
+    """
 
     test: Grey
     template: Grey
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
+    dual: bool = False
 
 
 def crops(ready: Sequence[Ready], size: int, each: int, seed: int, epoch: int) -> Iterator[Crop]:
@@ -144,7 +148,7 @@ def _vary(crop: Crop, bare: bool, rng: np.random.Generator) -> Crop:
     if rng.random() < BLEMISHED:
         template = _blemished(template, boxes, rng)
     test, template = _edges(test, rng, 0.7 if fresh else 0.3), _edges(template, rng, 0.15)
-    if rng.random() < 0.4:
+    if dual := rng.random() < 0.4:
         test, template, labels = 255 - test, 255 - template, DUAL[labels]
     size = test.shape[0]
     if rng.random() < 0.5:
@@ -155,7 +159,7 @@ def _vary(crop: Crop, bare: bool, rng: np.random.Generator) -> Crop:
         boxes = np.stack((boxes[:, 0], size - boxes[:, 3], boxes[:, 2], size - boxes[:, 1]), 1)
     if rng.random() < 0.5:
         test, template, boxes = test.T, template.T, boxes[:, [1, 0, 3, 2]]
-    return Crop(np.ascontiguousarray(test), np.ascontiguousarray(template), boxes, labels)
+    return Crop(np.ascontiguousarray(test), np.ascontiguousarray(template), boxes, labels, dual)
 
 
 def _blemished(template: Grey, boxes: NDArray[np.float32], rng: np.random.Generator) -> Grey:

@@ -96,3 +96,13 @@ def detection_loss(logits: Tensor, distances: Tensor, truths: list[tuple[Tensor,
         box = 1 - giou(torch.cat(found), torch.cat(wanted))[1]
         loss = loss + ((BOX_WEIGHT * box + DISTANCE_WEIGHT * torch.cat(sides)) * weight).sum() / total
     return loss
+
+
+def response_loss(logits: Tensor, taught: Tensor) -> Tensor:
+    """How far class logits (N, 6, h, w) are from a teacher's probabilities of the same shape, a scalar.
+
+    Response distillation in the form of the quality focal loss, with the teacher's probability as the target.
+    """
+    focus = (taught - logits.sigmoid()).abs().pow(2)
+    pointwise = F.binary_cross_entropy_with_logits(logits, taught, reduction="none")
+    return (pointwise * focus).sum() / taught.sum().clamp(min=1.0)
