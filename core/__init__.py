@@ -5,6 +5,7 @@ from core.evaluation.evaluate import evaluate as evaluate
 from core.evaluation.measure import measure as measure
 from core.export import Artifact as Artifact
 from core.export import export as export
+from core.export.diffusers_quantizer import enable as _enable
 from core.figures import Figure as Figure
 from core.figures import Figures as Figures
 from core.figures import Gate as Gate
@@ -15,3 +16,5 @@ from core.kit import Recipe as Recipe
 from core.kit import load as load
 from core.report import Report as Report
 from core.report import judge as judge
+
+_enable()  # from_pretrained of diffusers and transformers then loads packed folders

@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib.util
 import json
+import logging
 import os
 import pkgutil
 import sys
@@ -240,7 +241,8 @@ def _predict(kit: Any, options: argparse.Namespace) -> int:
     kit.check(options.inputs)
     artifact = _artifact(kit, options.artifact)
     out = options.out or Path("runs") / f"{kit.name}-predict"
-    print(kit.predict(artifact.as_module(options.variant, threads=2), options.inputs, artifact.meta, out, options))
+    ready = artifact.folder_of(options.variant) or artifact.as_module(options.variant, threads=2)
+    print(kit.predict(ready, options.inputs, artifact.meta, out, options))
     return DONE
 
 
@@ -283,6 +285,8 @@ def _quiet() -> None:
     """Keep the chatter of libraries that fitkit stands on out of the user's sight."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("ONEDNN_VERBOSE", "0")
+    for library in ("bitsandbytes", "diffusers", "peft", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)

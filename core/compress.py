@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import nn
 
-from core.files import writing
+from core.files import write_text
 from core.kit import Context, InputError, Kit, Recipe, Step
+from core.weights import load_weights, save_weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def compress(
         saved = _read(place, step, origin) if resume and place is not None else None
         if saved is not None and place is not None:
             small = restore(small, step, saved["structure"])
-            load_model(small, place / "model.safetensors", strict=True)
+            load_weights(small, place / "model.safetensors")
             trace.append(TraceEntry.from_json(saved["trace"]))
         else:
             work = place.with_suffix(".partial") if place is not None else None
@@ -180,13 +180,10 @@ def _write(place: Path, model: nn.Module, entry: TraceEntry, structure: dict[str
     """Write a checkpoint beside its place and move it there whole, so that a kill leaves all or nothing."""
     fresh = place.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    with writing(fresh / "model.safetensors"):
-        fresh.mkdir(parents=True)
-        save_model(model, str(fresh / "model.safetensors"))
+    save_weights(model, fresh / "model.safetensors")
     digest = file_hash(fresh / "model.safetensors")
     record = {"trace": entry.to_json(), "structure": structure, "origin": origin, "sha256": digest}
-    with writing(fresh / "step.json"):
-        (fresh / "step.json").write_text(json.dumps(record, indent=1))
+    write_text(fresh / "step.json", json.dumps(record, indent=1))
     shutil.rmtree(place, ignore_errors=True)
     os.replace(fresh, place)
 

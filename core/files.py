@@ -41,5 +41,11 @@ def writing(path: Path) -> Iterator[None]:
         raise _full(path) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) whole or not at all, as `replaced` does."""
+    with replaced(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
 def _full(path: Path) -> InputError:
-    return InputError(f"{path}: the disk is full; free some space and go on with --resume")
+    return InputError(f"{path}: the disk is full; free some space and run again (--resume goes on where it stopped)")

@@ -108,7 +108,8 @@ class Kit(Protocol):
     """A task: model, data, loss, score, gates, recipes.
 
     `headline` names the metric of `score` whose loss by compression is the figure "accuracy_loss";
-    `rate_hz` is the inferences a second for which the power is estimated.
+    `rate_hz` is the inferences a second for which the power is estimated. `runtimes` are those it is exported for:
+    "onnxruntime" and "openvino", or "torch" alone, where a model saves itself (`core.export.folder`).
     """
 
     name: str
@@ -119,6 +120,11 @@ class Kit(Protocol):
     headline: str
     rate_hz: float
     gates: tuple[Gate, ...]
+    runtimes: tuple[str, ...]
+
+    def of(self, model: nn.Module) -> Kit:
+        """This kit for one model, where data, graphs or batches depend on it (its own tokenizer or latents)."""
+        ...
 
     def model(self, weights: Path | None = None) -> nn.Module:
         """The uncompressed network in eval mode, with the shipped weights or those of `weights`."""
@@ -160,7 +166,7 @@ class Kit(Protocol):
         ...
 
     def report_split(self, data: Path | None) -> str:
-        """The split that no choice has seen, on which figures are reported."""
+        """The split on which figures are reported: held out of training and of every choice that the kit makes."""
         ...
 
     def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
@@ -178,10 +184,11 @@ class Kit(Protocol):
         """Refuse a user's inputs of `predict` that are missing or malformed, before anything long starts."""
         ...
 
-    def predict(
-        self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any
-    ) -> str:
-        """Run on a user's inputs, leave results and pictures in `out`, and return a summary of a few lines."""
+    def predict(self, module: Any, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: Any) -> str:
+        """Run on a user's inputs, leave results and pictures in `out`, and return a summary of a few lines.
+
+        `module` is an nn.Module, or the folder of a model that runs in torch, which the kit loads as memory allows.
+        """
         ...
 
     def arguments(self, command: str, parser: Any) -> None:
@@ -193,7 +200,20 @@ class Kit(Protocol):
         ...
 
     def baselines(self, samples: Sequence[Any], threads: int) -> dict[str, Callable[[], Any]]:
-        """Other tools doing the same job, by name, to be timed beside it; empty where they are not installed."""
+        """Other tools doing the same job, to be timed beside it; empty where they are not installed.
+
+        A name begins with the tool's, up to the first dash, and says what stands behind the times: precision,
+        runtime, random weights.
+        """
+        ...
+
+    def compare(
+        self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
+    ) -> tuple[Figures, list[dict[str, Any]]]:
+        """Figures and tables that need both models side by side, or that only this kit takes; nothing for most.
+
+        `artifact` is that of the run, `out` a folder for what is worth keeping.
+        """
         ...
 
     def pictures(self, module: nn.Module, samples: Sequence[Any], meta: Mapping[str, Any]) -> list[dict[str, Any]]:

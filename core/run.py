@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from core.compress import compress
+from core.compress import Trace, compress
 from core.evaluation.bench import available_cores, bench
 from core.evaluation.measure import device, measure, runtime_title
-from core.export import Artifact, audit_trace, export
+from core.export import Artifact, audit_trace, export_kit
 from core.figures import Estimated, Figure, Figures, Measured, Stage
-from core.files import replaced
-from core.hardware import estimate, profile, target, will_it_be_faster
+from core.files import write_text
+from core.hardware import Target, estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix
 from core.kit import InputError, Kit, Recipe
-from core.quantization import layer_sqnr, quant_layers, unquantized
+from core.quantization import layer_sqnr, packed_layers, quant_layers, unquantized
 from core.report import Report, judge, read_json
 
 THREADS = min(2, len(available_cores()))
@@ -51,6 +53,9 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self._begin()
         original = self.kit.model(self.weights)
+        return replace(self, kit=self.kit.of(original))._go(original, box)
+
+    def _go(self, original: nn.Module, box: Target) -> Report:
         _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
         small, trace = compress(
             original,
@@ -61,13 +66,16 @@ class Run:
             folder=self.out / "steps",
             resume=self.resume,
         )
-        artifact = self._artifact({"fp32": original, "int8": small})
+        precisions = _names(original, small)
+        stages: dict[Stage, nn.Module] = {"original": original, "compressed": small}
+        artifact = self._artifact(stages, precisions)
         split = self.kit.report_split(self.data)
         samples = self.kit.dataset(self.data, split, self.preset)
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
-        figures = self._figures(artifact, scores, timing, len(samples), split)
-        stages: dict[Stage, nn.Module] = {"original": original, "compressed": small}
+        figures = self._figures(artifact, precisions, scores, timing, len(samples), split)
+        more, tables = self._compare(original, artifact, samples)
+        figures |= more
         for stage, model in stages.items():
             figures |= (self._estimates(model) | self._power(model)).restage(stage)
         notes = [
@@ -84,10 +92,14 @@ class Run:
             kit=self.kit.name,
             recipe=self.recipe,
             target=self.target,
-            layers=self._layers(small),
-            tables=[_variants_table(artifact, scores, timing, self.kit.headline)],
+            layers=self._layers(small, trace),
+            tables=[_variants_table(artifact, scores, timing, self.kit.headline), *tables],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
-            notes=[f"Scored on the split {split!r}: {len(samples)} samples that no choice has seen.", *notes],
+            notes=[
+                f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and of "
+                "every choice it makes.",
+                *notes,
+            ],
             title=self.kit.title,
         )
         report.save(self.out)
@@ -114,7 +126,7 @@ class Run:
         elif not self.resume:
             for stage in self.out.glob("stage-*.json"):
                 stage.unlink()
-        _write(path, wanted)
+        write_text(path, json.dumps(wanted))
 
     def _stage(self, name: str, make: Callable[[], Any]) -> Any:
         """The stored result of a stage when resuming, or a new one, stored."""
@@ -122,18 +134,20 @@ class Run:
         if self.resume and path.exists():
             return read_json(path)
         value = make()
-        _write(path, value)
+        write_text(path, json.dumps(value))
         return value
 
-    def _artifact(self, models: Mapping[str, nn.Module]) -> Artifact:
+    def _artifact(self, stages: Mapping[Stage, nn.Module], precisions: Mapping[Stage, str]) -> Artifact:
         place = self.out / "artifact"
 
         def make() -> dict[str, Any]:
             _say("exporting and checking against torch")
-            made = export(models, self.kit.exports(), self.target, place, kit=self.kit.name)
+            models = {precisions[stage]: model for stage, model in stages.items()}
+            made = export_kit(models, self.kit, self.target, place)
             _say("choosing on validation data")
             # the threshold must serve every variant: it is frozen on the smallest, least exact one
-            meta = self.kit.freeze(made.as_module(_int8(made), THREADS), self.data, self.preset)
+            least = next(v.name for v in made.variants.values() if v.precision == precisions["compressed"])
+            meta = self.kit.freeze(made.as_module(least, THREADS), self.data, self.preset)
             made.describe(meta)
             return {"sha256": made.sha256, "meta": made.meta}
 
@@ -176,36 +190,55 @@ class Run:
         artifact.choose(stored["recommended"])
         return stored
 
+    def _compare(
+        self, original: nn.Module, artifact: Artifact, samples: Sequence[Any]
+    ) -> tuple[Figures, list[dict[str, Any]]]:
+        """What the kit finds with both models side by side."""
+
+        def make() -> dict[str, Any]:
+            small = artifact.as_module(threads=THREADS)
+            figures, tables = self.kit.compare(original, small, samples, artifact, self.preset, self.out / "compare")
+            return {"figures": [f.to_json() for f in figures], "tables": tables}
+
+        stored = self._stage("compare", make)
+        return Figures(Figure.from_json(f) for f in stored["figures"]), stored["tables"]
+
     def _figures(
         self,
         artifact: Artifact,
+        precisions: Mapping[Stage, str],
         scores: dict[str, dict[str, tuple[float, str]]],
         timing: dict[str, Any],
         samples: int,
         split: str,
     ) -> Figures:
-        """Everything measured: original is the FP32 export, compressed the INT8 one, each in its faster runtime."""
+        """Everything measured: original is the export of the model as it was, each stage in its faster runtime."""
         times = {t["name"]: t for t in timing["timings"]}
         figures = Figures()
-        chosen = {}
-        for stage, precision in (("original", "fp32"), ("compressed", "int8")):
+        chosen: dict[Stage, str] = {}
+        for stage, precision in precisions.items():
             names = [v.name for v in artifact.variants.values() if v.precision == precision]
-            name = chosen[precision] = min(names, key=lambda n: times[n]["p50"])
+            name = chosen[stage] = min(names, key=lambda n: times[n]["p50"])
             own = (Figure.from_json(f) for f in timing["own"][name])
-            figures |= Figures(f for f in own if f.name != "fps").restage(stage)  # type: ignore[arg-type]
+            figures |= Figures(f for f in own if f.name != "fps").restage(stage)
             basis = Measured(
                 device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}"
             )
-            figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())  # type: ignore[arg-type]
-        before, after = (scores[chosen[p]][self.kit.headline][0] for p in ("fp32", "int8"))
-        both = f"{runtime_title(artifact, chosen['fp32'])} minus {runtime_title(artifact, chosen['int8'])}"
-        basis = Measured(device(), both, samples, None, artifact.sha256, note=f"{self.kit.headline}, split {split}")
-        figures |= Figures([Figure("accuracy_loss", before - after, "points", basis)])
+            figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())
+        if all(self.kit.headline in scores[name] for name in chosen.values()):
+            before, after = (scores[name][self.kit.headline][0] for name in chosen.values())
+            both = " minus ".join(runtime_title(artifact, name) for name in chosen.values())
+            basis = Measured(device(), both, samples, None, artifact.sha256, note=f"{self.kit.headline}, split {split}")
+            figures |= Figures([Figure("accuracy_loss", before - after, "points", basis)])
         best = timing["recommended"]
         best_title = f"{runtime_title(artifact, best, THREADS)}, end to end"
-        for stage, name in (("original", chosen["fp32"]), ("compressed", best)):
+        faster = f"the faster {precisions['original'].upper()} export"
+        ends: tuple[tuple[Stage, str, str], ...] = (
+            ("original", chosen["original"], faster),
+            ("compressed", best, "recommended for this host"),
+        )
+        for stage, name, note in ends:
             title = f"{runtime_title(artifact, name, THREADS)}, end to end"
-            note = "recommended for this host" if stage == "compressed" else "the faster FP32 export"
             t = times[name]
             rate = 1e3 / t["p50"]
             for figure, value, unit, spread, how in (
@@ -213,8 +246,8 @@ class Run:
                 ("end_to_end_p50", t["p50"], "ms", t["spread"], note),
                 ("end_to_end_p99", t["p99"], "ms", t["spread_p99"], note),
             ):
-                ends = Measured(device(), title, t["runs"], spread, artifact.sha256, note=how)
-                figures |= Figures([Figure(figure, value, unit, ends, stage)])  # type: ignore[arg-type]
+                basis = Measured(device(), title, t["runs"], spread, artifact.sha256, note=how)
+                figures |= Figures([Figure(figure, value, unit, basis, stage)])
         for name in timing["baselines"]:
             ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
             spread = (ratio["high"] - ratio["low"]) / 2
@@ -226,31 +259,14 @@ class Run:
 
     def _estimates(self, model: nn.Module) -> Figures:
         """Estimates for the target; its speed is that of the network alone, so no "fps", which is end to end here."""
-        precision, bits = _precision(model)
-        found = estimate(
-            model,
-            self.kit.exports(),
-            target(self.target),
-            precision=precision,
-            weight_bits=bits,
-            rate_hz=self.kit.rate_hz,
-        )
-        return Figures(f for f in found if f.name != "fps")
+        return Figures(f for f in self._estimate(model, self.target) if f.name != "fps")
 
     def _power(self, model: nn.Module) -> Figures:
         """The power estimate for the device of a power gate, which takes the place of that for the target."""
         found = Figures()
-        precision, bits = _precision(model)
         for gate in self.kit.gates:
             if gate.figure == "power" and gate.device:
-                for f in estimate(
-                    model,
-                    self.kit.exports(),
-                    target(gate.device),
-                    precision=precision,
-                    weight_bits=bits,
-                    rate_hz=self.kit.rate_hz,
-                ):
+                for f in self._estimate(model, gate.device):
                     if f.name == "power" and isinstance(f.basis, Estimated):
                         assumed = (
                             f"device {gate.device} at {self.kit.rate_hz:g} inferences a second",
@@ -261,12 +277,19 @@ class Run:
                         )
         return found
 
-    def _layers(self, small: nn.Module) -> list[dict[str, Any]]:
-        """A row a layer; the error is that against the same model with its quantizers off."""
+    def _estimate(self, model: nn.Module, name: str) -> Figures:
+        precision, bits = _precision(model)
+        return estimate(
+            model, self.kit.exports(), target(name), precision=precision, weight_bits=bits, rate_hz=self.kit.rate_hz
+        )
+
+    def _layers(self, small: nn.Module, trace: Trace) -> list[dict[str, Any]]:
+        """A row a layer; the error is that against the same model with its quantizers off, or of packed weights."""
         graphs = self.kit.exports()
         samples = list(islice(self.kit.dataset(self.data, "val", self.preset), 4))
         inputs = [self.kit.inputs(b) for b in self.kit.batches(samples, 2, train=False)]
-        errors = layer_sqnr(unquantized(small), small, inputs) if len(graphs) == 1 else {}
+        errors = layer_sqnr(unquantized(small), small, inputs) if len(graphs) == 1 and quant_layers(small) else {}
+        errors |= {row["layer"]: row["weight_sqnr"] for entry in trace for row in entry.changed if "weight_sqnr" in row}
         _, bits = _precision(small)
         rows = []
         for graph in graphs:
@@ -287,20 +310,47 @@ class Run:
         return rows
 
 
+def _names(original: nn.Module, small: nn.Module) -> dict[Stage, str]:
+    """What the two models are called in the artifact, first the original: by the bits that they have."""
+    before, after = _bits_name(original), _bits_name(small)
+    if before == after:
+        here, there = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (small, original))
+        after += "-pruned" if here < 0.99 * there else "-compressed"
+    return {"original": before, "compressed": after}
+
+
+def _bits_name(model: nn.Module) -> str:
+    """ "int8" by the bits of weights and inputs, "w4a8" where these differ, "mixed" for several; or "fp32"."""
+    widths: Counter[int] = Counter()
+    for layer in packed_layers(model).values():
+        widths[layer.bits] += layer.weight_packed.numel()
+    if widths:
+        return f"int{widths.most_common(1)[0][0]}"  # the width of most of the bytes
+    found = {
+        (q.weight_quantizer.scheme.bits, q.input_quantizer.scheme.bits if q.input_quantizer is not None else 0)
+        for q in quant_layers(model).values()
+    }
+    if not found:
+        floats = {p.dtype for p in model.parameters()}
+        return "fp16" if floats == {torch.float16} else "bf16" if floats == {torch.bfloat16} else "fp32"
+    weight, inputs = found.pop()
+    return "mixed" if found else f"int{weight}" if inputs in (0, weight) else f"w{weight}a{inputs}"
+
+
 def _precision(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
     """({layer: data type}, {layer: bits of its weights}) of a model; layers that no step quantized are FP32."""
-    quantized = quant_layers(model)
-    layers = {"*": "int8" if quantized else "fp32"}
+    quantized, packed = quant_layers(model), packed_layers(model)
+    layers = {"*": "int8" if quantized else "fp16" if packed else "fp32"}
     for name, module in model.named_modules():
         if name in quantized:
-            layers[name] = "int8" if quantized[name].input_quantizer is not None else "fp32"
+            inputs, weight = quantized[name].input_quantizer, quantized[name].weight_quantizer
+            wide = max(inputs.scheme.bits, weight.scheme.bits) if inputs is not None else 32
+            layers[name] = "int4" if wide <= 4 else "int8" if wide <= 8 else "fp32"
         elif isinstance(module, Matrix):
-            layers[name] = "fp32"
-    return layers, {name: q.weight_quantizer.scheme.bits for name, q in quantized.items()}
-
-
-def _int8(artifact: Artifact) -> str:
-    return next(v.name for v in artifact.variants.values() if v.precision == "int8")
+            # packed weights are multiplied as floats, in FP16 where the device has it
+            layers[name] = "fp16" if packed else "fp32"
+    bits = {name: q.weight_quantizer.scheme.bits for name, q in quantized.items()}
+    return layers, bits | {name: layer.bits for name, layer in packed.items()}
 
 
 def _variants_table(
@@ -328,11 +378,6 @@ def _variants_table(
         "rows": rows,
         "note": f"{device()}, {THREADS} threads, in turns: {timing['rounds']} rounds in one run",
     }
-
-
-def _write(path: Path, value: Any) -> None:
-    with replaced(path) as fresh:
-        fresh.write_text(json.dumps(value))
 
 
 def _say(text: str) -> None:

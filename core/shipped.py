@@ -13,7 +13,7 @@ from rich.console import Console
 
 from core.cache import cache_folder
 from core.evaluation.bench import available_cores, bench
-from core.export import Artifact, export, onnx, openvino
+from core.export import Artifact, export_kit, onnx, openvino
 from core.kit import InputError, Kit
 
 THREADS = min(2, len(available_cores()))
@@ -39,7 +39,7 @@ def shipped_artifact(kit: Kit) -> Artifact:
     models, meta = kit.shipped()
     # built apart and moved in with its choice made: a kill, or another fitkit at the same time, leaves no half of it
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=place.name) as work:
-        artifact = export(models, kit.exports(), kit.default_target, Path(work) / "artifact", kit=kit.name, meta=meta)
+        artifact = export_kit(models, kit, kit.default_target, Path(work) / "artifact", meta)
         few = list(islice(kit.dataset(None, "test", "smoke"), 8))
         runs = {name: kit.pipeline(artifact.as_module(name, THREADS), few) for name in artifact.variants}
         timings = bench(runs, seconds=SECONDS, threads=THREADS, label="choosing the fastest variant").timings

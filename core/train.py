@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from core.files import replaced
 from core.kit import InputError
 from core.progress import progress
+from core.weights import load_stored, stored
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ def fit(
                 )
                 raise InputError(f"{last}: was written with another {what}; delete it or train without --resume")
         try:
-            bare.load_state_dict(state.part("model"))
+            load_stored(bare, state.part("model"), str(last))
             if average is not None:
-                average.load_state_dict(state.part("average"))
-        except RuntimeError as error:
+                load_stored(average, state.part("average"), str(last))
+        except InputError as error:
             raise InputError(f"{last}: was written for another network; delete it or train without --resume") from error
         best, best_score = state.part("best"), state.meta["best_score"]
         _load_optimizer(optimizer, state.part("optimizer"))
@@ -161,7 +162,7 @@ def fit(
                 )
                 if entry["score"] > best_score:
                     best_score = entry["score"]
-                    best = {k: v.detach().clone() for k, v in candidate.state_dict().items()}
+                    best = {k: v.detach().clone() for k, v in stored(candidate).items()}
             history.append(entry)
             if accelerator.is_main_process:
                 bar.log(f"{label} " + "  ".join(f"{k} {v:.5g}" for k, v in entry.items()))
@@ -173,14 +174,14 @@ def fit(
                         "history": history,
                         "best_score": best_score,
                     }
-                    parts = {"model": bare.state_dict(), "best": best, "optimizer": _optimizer_state(optimizer)}
+                    parts = {"model": stored(bare), "best": best, "optimizer": _optimizer_state(optimizer)}
                     if average is not None:
-                        parts["average"] = average.state_dict()
+                        parts["average"] = stored(average)
                     _Checkpoint.write(last, parts, meta)
                 if on_epoch is not None:
                     on_epoch(epoch, candidate)
     bare = accelerator.unwrap_model(net, keep_fp32_wrapper=False)
-    bare.load_state_dict(best or candidate.state_dict())
+    load_stored(bare, best or stored(candidate), label)
     bare.eval()
     accelerator.free_memory()
     return Fit(bare, history)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower floors know nothing of higher ones. Units of one floor may import each other, but never in a circle.
 FLOORS = (
-    {"figures", "hardware", "kit", "cache", "files", "progress"},
+    {"figures", "hardware", "kit", "cache", "files", "progress", "weights"},
     {"compress", "train"},
     {"quantization", "pruning", "distillation", "nas"},
     {"export", "evaluation", "search"},

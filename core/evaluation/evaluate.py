@@ -1,4 +1,4 @@
-"""`evaluate`: score what ships, on data that no choice has seen."""
+"""`evaluate`: score what ships, on the split that a kit holds out of training and of every choice."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from core.evaluation.measure import device
+from core.evaluation.measure import device, runtime_title
+from core.export.artifact import Origin
 from core.figures import Figure, Figures, Measured, Stage
 from core.kit import Kit
 
@@ -20,15 +22,22 @@ def evaluate(
     *,
     meta: Mapping[str, Any] | None = None,
     stage: Stage = "compressed",
-    artifact: str = "",
 ) -> Figures:
     """The kit's metrics of a module on its report split, as measured figures.
 
-    `meta` is an artifact's (None: that of the shipped weights), `artifact` its sha256 for the basis.
+    `meta` is what was chosen on validation data; None takes that of the artifact that the module comes from, or
+    else that of the shipped weights. The basis names the artifact's runtime, precision and hash; a module
+    that comes from none is named by its class.
     """
     split = kit.report_split(data)
     samples = kit.dataset(data, split)
-    chosen = kit.shipped()[1] if meta is None else meta
-    basis = Measured(device(), type(module).__name__, len(samples), None, artifact, note=f"split {split}")
-    scores = kit.score(module, samples, chosen)
+    origin = getattr(module, "origin", None)
+    software, sha256 = f"torch {torch.__version__}, {type(module).__name__}", ""
+    if isinstance(origin, Origin):
+        software = runtime_title(origin.artifact, origin.variant, origin.threads)
+        sha256 = origin.artifact.sha256
+    if meta is None:
+        meta = origin.artifact.meta if isinstance(origin, Origin) and origin.artifact.meta else kit.shipped()[1]
+    basis = Measured(device(), software, len(samples), None, sha256, note=f"split {split}")
+    scores = kit.score(module, samples, meta)
     return Figures(Figure(name, value, unit, basis, stage) for name, (value, unit) in scores.items())

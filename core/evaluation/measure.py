@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from core.evaluation.bench import available_cores, bench
-from core.export import Artifact, onnx, openvino
+from core.export import Artifact, folder, onnx, openvino
 from core.figures import Figure, Figures, Measured
 from core.hardware.host import processor
 from core.kit import InputError
 
 HOST = "this-host"
-RUNTIME_TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+RUNTIME_TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
 
 
 def device() -> str:
@@ -30,7 +30,7 @@ def runtime_title(artifact: Artifact, variant: str | None = None, threads: int |
     """The software of a variant, as in a `Measured` basis: "OpenVINO 2026.4.1 INT8, 2 threads"."""
     v = artifact.variant(variant)
     # the version that runs here, which need not be the one that exported
-    version = {"onnxruntime": onnx.version, "openvino": openvino.version}[v.runtime]()
+    version = {"onnxruntime": onnx.version, "openvino": openvino.version, "torch": folder.version}[v.runtime]()
     title = f"{RUNTIME_TITLES[v.runtime]} {version} {v.precision.upper()}"
     return title if threads is None else f"{title}, {threads} thread{'' if threads == 1 else 's'}"
 

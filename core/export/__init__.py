@@ -9,20 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from core.export import onnx, openvino
 from core.export.artifact import FORMAT, Artifact, Variant, list_files, load_module, replacing, write_manifest
 from core.export.audit import audit_file, merge
+from core.export.folder import RUNTIME, export_folders
 from core.export.layers import Layers
-from core.export.parity import Criterion, ParityError, Reference, check, compare_layers
+from core.export.parity import Criterion, ParityError, Reference, check, compare_layers, described
 from core.export.trace import Export, audit_trace
 from core.figures import today
 from core.hardware.host import processor
-from core.kit import Graph, InputError
+from core.kit import Graph, InputError, Kit
 from core.quantization import Quantizer, pack_weights, quant_layers
 
-__all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export"]
+__all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export", "export_kit"]
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -51,7 +52,7 @@ def export(
     graphs, out = tuple(graphs), Path(out)
     _check_names(models, graphs, runtimes)
     variants: dict[str, Any] = {}
-    described: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
     with replacing(out) as stage:
         for precision, model in models.items():
             (stage / precision).mkdir()
@@ -61,7 +62,7 @@ def export(
             for graph in graphs:
                 with _evaluating(graph.module(model)) as part:
                     about, results = _export_graph(part, graph, stage / precision, precision, runtimes, criterion)
-                described[graph.name] = about
+                shapes[graph.name] = about
                 for runtime, (audited, parity) in results.items():
                     collected[runtime].append(audited)
                     parities[runtime][graph.name] = parity
@@ -83,12 +84,21 @@ def export(
             "created": today(),
             "chosen": list(variants)[-1],
             "meta": dict(meta or {}),
-            "graphs": described,
+            "graphs": shapes,
             "variants": variants,
             "files": list_files(stage),
         }
         write_manifest(stage, manifest)
     return Artifact.open(out)
+
+
+def export_kit(
+    models: Mapping[str, nn.Module], kit: Kit, target_name: str, out: Path | str, meta: Mapping[str, Any] | None = None
+) -> Artifact:
+    """Export models ({precision: model}) for the runtimes of their kit; see `export` and `export_folders`."""
+    if kit.runtimes == (RUNTIME,):
+        return export_folders(models, kit.exports(), target_name, out, kit=kit, meta=meta)
+    return export(models, kit.exports(), target_name, out, kit=kit.name, runtimes=kit.runtimes, meta=meta)
 
 
 _SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
@@ -124,24 +134,7 @@ def _export_graph(
     if "onnxruntime" not in runtimes:
         for left in (source, source.with_suffix(".onnx.data")):
             left.unlink(missing_ok=True)
-    return _describe(graph, reference), results
-
-
-def _describe(graph: Graph, reference: Reference) -> dict[str, Any]:
-    """Names, data types and shapes of a graph's inputs and outputs, for whoever runs it without torch."""
-
-    def value(name: str, tensor: Tensor) -> dict[str, Any]:
-        free = graph.dynamic.get(name, {})
-        shape = [free.get(axis, size) for axis, size in enumerate(tensor.shape)]
-        example = list(tensor.shape)
-        return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "example": example}
-
-    outputs = zip(graph.outputs, reference.outputs, strict=True)
-    return {
-        "inputs": [value(n, t) for n, t in graph.inputs.items()],
-        "outputs": [{"name": n, "dtype": str(t.dtype).removeprefix("torch.")} for n, t in outputs],
-        "tuple": reference.as_tuple,
-    }
+    return described(graph, reference), results
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import nn
 
 from core.compress import file_hash
+from core.files import write_text
 from core.kit import InputError
 
 MANIFEST = "manifest.json"
@@ -39,6 +41,15 @@ class Variant:
     files: dict[str, str]
     audit: dict[str, Any]
     parity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a module of `Artifact.as_module` comes from; it has this as its attribute `origin`."""
+
+    artifact: Artifact
+    variant: str
+    threads: int | None
 
 
 class Artifact:
@@ -119,15 +130,36 @@ class Artifact:
 
         `threads` pins the runtime's threads (None: the runtime's own choice). Without `graph`, an artifact of
         several graphs gives an `nn.ModuleDict` of them by name, which answers to `module.encoder` as well.
+        Its attribute `origin` says where it comes from.
         """
         chosen = self.variant(variant)
-        if graph is None and len(chosen.files) > 1:
-            return nn.ModuleDict({name: self.as_module(chosen.name, threads, name) for name in chosen.files})
+        module = self._module(chosen, threads, graph)
+        module.origin = Origin(self, chosen.name, threads)  # type: ignore[assignment]
+        return module
+
+    def _module(self, chosen: Variant, threads: int | None, graph: str | None) -> nn.Module:
+        if graph is None and len(chosen.files) > 1 and chosen.runtime != "torch":
+            return nn.ModuleDict({name: self._module(chosen, threads, name) for name in chosen.files})
         name = next(iter(chosen.files)) if graph is None else graph
         if name not in chosen.files:
             raise InputError(f"{self.folder}: name one of its graphs: {', '.join(chosen.files)} (asked for {graph!r})")
         path, as_tuple = self.folder / chosen.files[name], bool(self.graphs[name]["tuple"])
+        if chosen.runtime == "torch":
+            return self._torch(path.parent, threads, "" if graph is None else self.graphs[name]["part"])
         return load_module(chosen.runtime, path, threads, as_tuple)
+
+    def _torch(self, folder: Path, threads: int | None, part: str) -> nn.Module:
+        """The model of a folder, or a part of it, read by the kit that wrote it."""
+        from core.kit import load
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load(str(self.manifest["kit"])).model(folder).get_submodule(part)
+
+    def folder_of(self, variant: str | None = None) -> Path | None:
+        """The folder of a variant that runs in torch, None of any other."""
+        v = self.variant(variant)
+        return (self.folder / next(iter(v.files.values()))).parent if v.runtime == "torch" else None
 
     def trace_notes(self) -> list[dict[str, Any]]:
         """Notes for a report: {"variant", "layer" ("" for all), "note"} on real precision, warnings and parity."""
@@ -155,14 +187,16 @@ def load_module(runtime: str, path: Path, threads: int | None, as_tuple: bool) -
 
 
 def companions(present: Mapping[str, Any], paths: Any) -> list[str]:
-    """The given paths and the weight files that go with them, of those that are present."""
+    """The given paths, each once, and the files that go with them, of those that are present."""
     found = []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         found.append(path)
         pure = PurePosixPath(path)
         if pure.suffix in COMPANIONS:
             mate = pure.with_suffix(COMPANIONS[pure.suffix]).as_posix()
             found += [mate] if mate in present else []
+        if pure.suffix == ".json":  # the index of a folder stands for all of it
+            found += [name for name in present if name.startswith(f"{pure.parent}/") and name != path]
     return found
 
 
@@ -203,10 +237,8 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` whole or not at all."""
-    fresh = folder / (MANIFEST + ".new")
-    fresh.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(fresh, folder / MANIFEST)
+    """Write `manifest.json` whole or not at all; raises InputError naming it where the disk is full."""
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

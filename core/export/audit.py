@@ -39,7 +39,7 @@ def audit_file(
     only), "warnings": [{"layer", "why"}]}.
     """
     operators = _onnxruntime(path, layers) if runtime == "onnxruntime" else _openvino(path, layers)
-    warnings = _fell_back(operators, layers, quantized) if precision != "fp32" else _lowered(operators)
+    warnings = _fell_back(operators, layers, quantized) if precision.split("-")[0] != "fp32" else _lowered(operators)
     warnings += _nothing_quantized(precision, layers) + _saturates(layers)
     summary = Counter(o["precision"] for o in operators)
     weighted = Counter(o["precision"] for o in operators if o["weighted"])
@@ -165,7 +165,7 @@ def _lowered(operators: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _nothing_quantized(precision: str, layers: Layers) -> list[dict[str, str]]:
-    if not precision.startswith(("int", "w")) or any(n.op_type == "DequantizeLinear" for n in layers.nodes):
+    if not precision.startswith(("int", "w", "mixed")) or any(n.op_type == "DequantizeLinear" for n in layers.nodes):
         return []
     return [{"layer": "", "why": f"the {precision} model exports without any DequantizeLinear: all of it runs float"}]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from core.export.layers import Call, Layers
+from core.kit import Graph
 
 # SQNR of identical tensors is infinite, which JSON cannot hold
 SQNR_CEILING = 200.0
@@ -39,9 +40,13 @@ class Criterion:
 
     @staticmethod
     def of(precision: str, tolerance: Mapping[str, float] | None) -> Criterion:
-        """The criterion of a precision: the given tolerance, or 1e-4 for fp32 and 25 dB for all others."""
-        default = DEFAULT_TOLERANCE.get(precision, DEFAULT_SQNR)
-        return Criterion(precision == "fp32", float((tolerance or {}).get(precision, default)))
+        """The criterion of a precision: the given tolerance, or 1e-4 for fp32 and 25 dB for all others.
+
+        "fp32-pruned" and the like are fp32 as well.
+        """
+        relative = precision.split("-")[0] == "fp32"
+        default = DEFAULT_TOLERANCE["fp32"] if relative else DEFAULT_SQNR
+        return Criterion(relative, float((tolerance or {}).get(precision, default)))
 
     def holds(self, found: Deviation) -> bool:
         """Whether a deviation is within the limit."""
@@ -124,6 +129,24 @@ class Reference:
                 handle.remove()
         outputs = tuple(t for t in tree_leaves(result) if isinstance(t, Tensor))
         return Reference(outputs, not isinstance(result, Tensor), dict(calls))
+
+
+def described(graph: Graph, reference: Reference) -> dict[str, Any]:
+    """Names, data types and shapes of a graph's inputs and outputs, for whoever runs it without torch."""
+
+    def value(name: str, tensor: Tensor) -> dict[str, Any]:
+        free = graph.dynamic.get(name, {})
+        shape = [free.get(axis, size) for axis, size in enumerate(tensor.shape)]
+        example = list(tensor.shape)
+        return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "example": example}
+
+    outputs = zip(graph.outputs, reference.outputs, strict=True)
+    return {
+        "inputs": [value(n, t) for n, t in graph.inputs.items()],
+        "outputs": [{"name": n, "dtype": str(t.dtype).removeprefix("torch.")} for n, t in outputs],
+        "tuple": reference.as_tuple,
+        "part": graph.part,
+    }
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Quantization: uniform affine schemes of 2 to 8 bits, post-training and in training.
 
-The steps are `Quantize` and `QAT`. A quantized model exports with `torch.onnx.export(model.eval(), args, path,
-dynamo=True)` to QuantizeLinear and DequantizeLinear pairs; `pack_weights` on the loaded onnx.ModelProto then turns
-its float weights into integers, and must be called before the file is used.
+The steps are `Quantize` and `QAT`, which simulate, and `Pack`, whose layers hold packed integers. A simulating model
+exports with `torch.onnx.export(model.eval(), args, path, dynamo=True)` to QuantizeLinear and DequantizeLinear pairs;
+`pack_weights` on the loaded onnx.ModelProto then turns its float weights into integers, and must be called before the
+file is used.
 """
 
+from core.quantization.budget import choose_bits as choose_bits
 from core.quantization.calibration import calibrate_range as calibrate_range
+from core.quantization.compensation import Moments as Moments
+from core.quantization.compensation import compensate as compensate
 from core.quantization.error import layer_sqnr as layer_sqnr
 from core.quantization.error import sqnr as sqnr
 from core.quantization.error import weight_sqnr as weight_sqnr
@@ -21,6 +25,14 @@ from core.quantization.numerics import dequantize as dequantize
 from core.quantization.numerics import fake_quantize as fake_quantize
 from core.quantization.numerics import quantize as quantize
 from core.quantization.onnx_weights import pack_weights as pack_weights
+from core.quantization.pack import Pack as Pack
+from core.quantization.packed import PackedConv2d as PackedConv2d
+from core.quantization.packed import PackedEmbedding as PackedEmbedding
+from core.quantization.packed import PackedLinear as PackedLinear
+from core.quantization.packed import empty_packed as empty_packed
+from core.quantization.packed import expand as expand
+from core.quantization.packed import pack_module as pack_module
+from core.quantization.packed import packed_layers as packed_layers
 from core.quantization.prepare import Plan as Plan
 from core.quantization.prepare import calibrate as calibrate
 from core.quantization.prepare import prepare as prepare
@@ -30,3 +42,4 @@ from core.quantization.schemes import PerChannel as PerChannel
 from core.quantization.schemes import PerGroup as PerGroup
 from core.quantization.schemes import PerTensor as PerTensor
 from core.quantization.schemes import Scheme as Scheme
+from core.quantization.sensitivity import bit_errors as bit_errors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from core.compress import TraceEntry
 from core.figures import Figure, Figures, Gate, Judgement, Verdict
+from core.files import write_text
 from core.kit import InputError, Recipe, Step
 
 VERDICTS: tuple[Verdict, ...] = ("PASS", "FAIL", "UNPROVEN")
@@ -101,14 +101,16 @@ class Report:
         return plain
 
     def save(self, folder: Path | str) -> Path:
-        """Write `report.json` and `report.html` into a folder, each whole or not at all; returns the folder."""
+        """Write `report.json` and `report.html` into a folder, each whole or not at all; returns the folder.
+
+        Raises InputError naming the file where the disk is full.
+        """
         from core.report.html import render
 
         place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
         page = render(self)
-        _replace(place / "report.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-        _replace(place / "report.html", page)
+        write_text(place / "report.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(place / "report.html", page)
         return place
 
     @staticmethod
@@ -245,12 +247,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _version() -> str:

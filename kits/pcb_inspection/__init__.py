@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from core.compress import compress, history, replay
 from core.evaluation.measure import device, runtime_title
-from core.export import export
+from core.export import RUNTIMES, export
 from core.figures import Figure, Figures, Measured, Stage
-from core.kit import Graph, InputError, Recipe
+from core.files import write_text
+from core.kit import Graph, InputError, Kit, Recipe
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
@@ -48,6 +48,11 @@ class PcbInspection:
     headline = "map33"
     rate_hz = 38.0
     gates = GATES
+    runtimes: tuple[str, ...] = RUNTIMES
+
+    def of(self, model: nn.Module) -> Kit:
+        """Nothing here depends on the model."""
+        return self
 
     def model(self, weights: Path | None = None) -> nn.Module:
         """The detector in eval mode with the shipped FP32 weights, those of a file or of what `train` left."""
@@ -130,9 +135,7 @@ class PcbInspection:
         metrics, found = self._metrics(module, samples, meta)
         write_predictions(out / "predictions", found)
         result: dict[str, Any] = metrics.to_json()
-        fresh = out / "metrics.new"
-        fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, out / "metrics.json")
+        write_text(out / "metrics.json", json.dumps(result, indent=1) + "\n")
         return result
 
     def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
@@ -217,6 +220,12 @@ class PcbInspection:
         from kits.pcb_inspection.baseline import speed_baselines
 
         return speed_baselines(samples, threads)
+
+    def compare(
+        self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
+    ) -> tuple[Figures, list[dict[str, Any]]]:
+        """Nothing beyond the scores."""
+        return Figures(), []
 
     def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Four boards with what was found, missed and called falsely."""

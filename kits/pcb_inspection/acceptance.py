@@ -27,6 +27,7 @@ from core.evaluation.detection import (
 )
 from core.evaluation.intervals import clopper_pearson, group_bootstrap
 from core.figures import Gate
+from core.files import writing
 from core.kit import InputError
 from kits.pcb_inspection.data.deeppcb import CLASSES
 
@@ -376,7 +377,8 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
             f"{x1:.3f},{y1:.3f},{x2:.3f},{y2:.3f},{confidence:.9g},{int(label) + 1}\n"
             for x1, y1, x2, y2, confidence, label in rows[rows[:, 4] >= CONFIDENCE_FLOOR]
         ]
-        (folder / f"{image}.txt").write_text("".join(lines), encoding="utf-8")
+        with writing(folder / f"{image}.txt"):
+            (folder / f"{image}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def read_predictions(folder: Path) -> dict[str, np.ndarray]:

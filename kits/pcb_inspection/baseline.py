@@ -30,6 +30,7 @@ from kits.pcb_inspection.model.inspector import TILE
 
 STRIDES = (8, 16, 32)
 ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
+UNTRAINED = "yolov8n-fp32-openvino (random weights: architecture only)"
 
 
 def available() -> bool:
@@ -38,9 +39,10 @@ def available() -> bool:
 
 
 def speed_baselines(samples: Sequence[Pair], threads: int) -> dict[str, Callable[[], Any]]:
-    """{"yolov8n-fp32-openvino": the next decoded image through normalising, network and suppression}.
+    """{UNTRAINED: the next decoded image through normalising, network and suppression}; empty without ultralytics.
 
-    The weights are random (architecture only): time does not depend on them. Empty without ultralytics.
+    Its name says that the weights are random, so that its time is that of the architecture and of a suppression
+    with next to nothing to suppress.
     """
     if not available():
         return {}
@@ -48,7 +50,7 @@ def speed_baselines(samples: Sequence[Pair], threads: int) -> dict[str, Callable
 
     module = OpenVINOModule(exported("yolov8n"), threads, as_tuple=False)
     decoded = cycle([np.repeat(pair.load()[0][None, None], 3, 1) for pair in samples])
-    return {"yolov8n-fp32-openvino": lambda: _detect(module, next(decoded))}
+    return {UNTRAINED: lambda: _detect(module, next(decoded))}
 
 
 def exported(architecture: str, weights: Path | None = None) -> Path:

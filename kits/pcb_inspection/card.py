@@ -9,6 +9,7 @@ from typing import Any
 
 from core.compress import file_hash
 from core.figures import today
+from core.files import write_text
 
 SHOWN = (
     ("map33", "mean AP per class at IoU 0.33"), ("official_ap", "DeepPCB's pooled AP"),
@@ -34,8 +35,8 @@ def write_card(
     """
     hashes = {name: file_hash(out / name) for name in ("fp32.safetensors", "int8.safetensors")}
     card = {"threshold": threshold, "int8": steps, "scores": scores, "about": about, "sha256": hashes, "date": today()}
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_text(card, _licence(bool(about["deeppcb"]))), encoding="utf-8")
+    write_text(out / "card.json", json.dumps(card, indent=1) + "\n")
+    write_text(out / "README.md", _text(card, _licence(bool(about["deeppcb"]))))
 
 
 def _text(card: Mapping[str, Any], licence: str) -> str:
@@ -62,7 +63,8 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
         "| metric | " + " | ".join(scores) + " |", "| --- |" + " --- |" * len(scores), *rows, "",
         "Limits: binary images at 48 px/mm, templates within 16 px of the board, the six defects of DeepPCB. Its"
         " defects were drawn by hand on real boards; natural ones may look different. A board differs by more than the"
-        " model knows when `predict` warns of a poor match.", "",
+        " model knows when `predict` warns of a poor match. A flaw of the template that the board has not is no defect"
+        " here, so that a small opening which the template shows and the board lacks is not called.", "",
     ])  # fmt: skip
 
 

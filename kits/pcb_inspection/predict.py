@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 from torch import nn
 
+from core.files import write_text, writing
 from core.kit import InputError
 from core.progress import progress
 from kits.pcb_inspection.acceptance import PX_PER_MM
@@ -168,22 +168,25 @@ def _pictures(folder: Path, name: str, test: Grey, template: Grey, detections: n
     path.parent.mkdir(parents=True, exist_ok=True)
     factor = LONGEST_PICTURE / max(test.shape)
     if factor >= 1:
-        path.write_bytes(png(overlay(test, detections, threshold)))
+        _save(path, overlay(test, detections, threshold))
         return
     size = [max(1, round(side * factor)) for side in test.shape[::-1]]
     reduced = np.asarray(cv2.resize(test, size, interpolation=cv2.INTER_AREA), np.uint8)
     shown = detections.copy()
     shown[:, :4] *= factor
-    path.write_bytes(png(overlay(reduced, shown, threshold)))
+    _save(path, overlay(reduced, shown, threshold))
     if len(detections):
-        (folder / f"{name}{DEFECTS}.png").write_bytes(png(contact_sheet(test, template, detections)))
+        _save(folder / f"{name}{DEFECTS}.png", contact_sheet(test, template, detections))
+
+
+def _save(path: Path, picture: np.ndarray) -> None:
+    with writing(path):
+        path.write_bytes(png(picture))
 
 
 def _write(out: Path, boards: list[dict[str, Any]], threshold: float) -> None:
-    fresh = out / "results.json.new"
-    fresh.write_text(json.dumps({"threshold": threshold, "boards": boards}, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, out / "results.json")
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(out / "results.json", json.dumps({"threshold": threshold, "boards": boards}, indent=1) + "\n")
+    with writing(out / "results.csv"), (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for board in boards:

@@ -27,7 +27,7 @@ TOY = "tests.core.toy"
 SURFACE = {
     "list": ["--help", "--json"],
     "run": ["--data", "--help", "--out", "--preset", "--recipe", "--resume", "--target", "--weights", "kit"],
-    "train": ["--data", "--help", "--out", "--preset", "--resume", "kit"],
+    "train": ["--data", "--help", "--out", "--preset", "--resume", "--teacher", "kit"],
     "evaluate": ["--artifact", "--data", "--help", "--out", "--split", "--variant", "kit"],
     "bench": ["--artifact", "--help", "--json", "--seconds", "--threads", "--variant", "kit"],
     "predict": ["--artifact", "--help", "--out", "--variant", "inputs", "kit"],
@@ -76,7 +76,7 @@ def test_defaults_are_frozen() -> None:
 
     nothing = {"data": None, "out": None, "preset": "full", "resume": False}
     assert given("run", "k") == {**nothing, "recipe": None, "target": None, "weights": None}
-    assert given("train", "k") == nothing
+    assert given("train", "k") == {**nothing, "teacher": None}
     assert given("evaluate", "k", "--data", "d") == {
         "artifact": None, "data": Path("d"), "out": None, "split": None, "variant": None,
     }  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_model, save_model
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from core.compress import compress
 from core.distillation import Distill, features_loss, response_loss, softened_binary_kl, softened_kl
 from core.distillation.feature import adapter, captured, parse_pairs
 from core.distillation.response import responses_loss
-from core.kit import Graph, InputError, Recipe, Step
+from core.kit import InputError, Recipe, Step
+from core.weights import load_weights, save_weights
+from tests.core.toy import ToyKit
 
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
@@ -146,21 +147,14 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-class Toy:
+class Toy(ToyKit):
     """Points whose labels are noise: only the teacher knows anything."""
-
-    name, title = "toy", "Toy"
-    default_recipe, default_target = "r", "this-host"
-    gates = ()
-
-    def __init__(self) -> None:
-        self.recipes: dict[str, Recipe] = {}
 
     def model(self, weights: Path | None = None) -> nn.Module:
         torch.manual_seed(1)
         net = Net(24)
         if weights is not None:
-            load_model(net, weights)
+            load_weights(net, weights)
         return net.eval()
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Any]:
@@ -175,18 +169,6 @@ class Toy:
         for start in range(0, len(samples), batch_size):
             chosen = [samples[i] for i in order[start : start + batch_size].tolist()]
             yield torch.stack([x for x, _ in chosen]), torch.stack([y for _, y in chosen])
-
-    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        return (batch[0],)
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def score(self, module: nn.Module, samples: Sequence[Any]) -> dict[str, tuple[float, str]]:
-        return {}
-
-    def exports(self) -> tuple[Graph, ...]:
-        return ()
 
 
 class Narrow(Step):
@@ -255,7 +237,7 @@ def test_teacher_may_come_from_a_file_and_a_run_resumes(tmp_path: Path) -> None:
     kit = Toy()
     teacher = sharp(kit)
     file = str(tmp_path / "teacher.safetensors")
-    save_model(teacher, file)
+    save_weights(teacher, Path(file))
     step = Distill(3, 0.02, 16, alpha=1.0, beta=0.5, features=("body=body",), teacher=file)
     recipe = Recipe("r", (student_step(), step), "", "")
     small, trace = compress(kit.model(), recipe, kit, folder=tmp_path / "run")

@@ -19,6 +19,7 @@ from core.quantization import QAT, PerGroup, Plan, Quantize, calibrate, layer_sq
 from core.quantization.modules import QuantConv2d, Quantizer, quantizers
 from core.quantization.numerics import lsq_gradient_scale
 from core.quantization.schemes import Scheme
+from tests.core.toy import ToyKit
 
 
 class Net(nn.Module):
@@ -35,12 +36,8 @@ class Net(nn.Module):
         return self.head(self.up(x).mean((2, 3)))
 
 
-class Kit:
+class Kit(ToyKit):
     """Two classes of noise images that differ by their mean colour."""
-
-    name = title = default_recipe = default_target = "toy"
-    recipes: dict[str, Recipe] = {}
-    gates = ()
 
     def model(self, weights: Path | None = None) -> nn.Module:
         torch.manual_seed(1)
@@ -60,18 +57,6 @@ class Kit:
         for i in range(0, len(order), batch_size):
             xs, ys = zip(*(samples[k] for k in order[i : i + batch_size]))
             yield torch.stack(xs), torch.tensor(ys)
-
-    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        return (batch[0],)
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def score(self, module: nn.Module, samples: Sequence[Any]) -> dict[str, tuple[float, str]]:
-        return {}
-
-    def exports(self) -> tuple[Any, ...]:
-        return ()
 
 
 KIT = Kit()

@@ -33,7 +33,7 @@ from tests.core.toy import KIT, TWO_GRAPHS, ToyKit
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = {"peak": 120.0, "before": 100.0}
 TIMED = {"fps", "end_to_end_p50", "end_to_end_p99", "latency_p50", "latency_p99", "speedup_slow"}
-STAGES = ("steps", "export", "scores", "timing", "report")
+STAGES = ("steps", "export", "scores", "timing", "compare", "report")
 
 
 class WithBaseline(ToyKit):
@@ -257,7 +257,7 @@ def test_a_new_run_in_an_old_folder_starts_anew_and_leaves_foreign_files(
     def stop(*given: Any, **named: Any) -> None:
         raise Begun
 
-    monkeypatch.setattr(core.run, "export", stop)
+    monkeypatch.setattr(core.run, "export_kit", stop)
     stages = {path: path.read_bytes() for path in out.glob("stage-*.json")}
     with pytest.raises(Begun):
         a_run(out, WithBaseline())()
@@ -363,6 +363,8 @@ def run_and_die(stage: str, out: Path) -> None:
             return real_score(*given) if len(calls) < 3 else die()
 
         patch.setattr(ToyKit, "score", score)
+    elif stage == "compare":
+        patch.setattr(ToyKit, "compare", die)
     else:
         patch.setattr(core.run, {"timing": "measure", "report": "judge"}[stage], die)
     a_run(out, resume=True)()

@@ -1,108 +1,28 @@
-"""The training loop against loops written out by hand, and going on after a real kill -9 to the same bytes.
-
-Run as a script, `python test_train.py kill FOLDER EPOCH` trains and kills itself after an epoch, and
-`torchrun test_train.py share FOLDER` trains in several processes.
-"""
+"""The training loop against loops written out by hand."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from core.files import replaced
 from core.kit import InputError
 from core.train import Schedule, fit
-
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6
-PLAIN = Schedule(epochs=3, batch_size=8, lr=0.01, weight_decay=0.1, warmup=0.2)
-BUSY = Schedule(epochs=4, batch_size=8, lr=0.01, weight_decay=0.1, ema=0.9, clip=0.5)
-
-# what `accelerate launch` itself starts its processes with; for processors it would want mpirun installed
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Net(nn.Module):
-    """What a resumed run could lose: a batch norm's averages, dropout's draws, the layout of a channels-last kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(F.relu(self.norm(self.conv(x)))).mean((2, 3)))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def linear() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def rows(epoch: int, count: int = STEPS) -> Iterator[Batch]:
-    """Batches of a small regression, the same for the same epoch."""
-    draws = torch.Generator().manual_seed(100 + epoch)
-    for _ in range(count):
-        x = torch.randn(8, 4, generator=draws)
-        yield x, x.sum(1, keepdim=True)
-
-
-def images(epoch: int) -> Iterator[Batch]:
-    draws = torch.Generator().manual_seed(100 + epoch)
-    for _ in range(STEPS):
-        x = torch.randn(4, 3, 8, 8, generator=draws)
-        yield x.contiguous(memory_format=torch.channels_last), x.mean((1, 2, 3), keepdim=False)[:, None]
-
-
-def squared(model: nn.Module, batch: Batch) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def negative_error(model: nn.Module) -> float:
-    with torch.no_grad():
-        return -squared(model, next(images(99))).item()
-
-
-def train_net(
-    folder: Path | None, *, resume: bool = False, on_epoch: Callable[[int, nn.Module], None] | None = None
-) -> Any:
-    return fit(net(), images, squared, BUSY, steps_per_epoch=STEPS, folder=folder, resume=resume,
-               evaluate=negative_error, on_epoch=on_epoch)  # fmt: skip
-
-
-def same(one: nn.Module, two: nn.Module) -> bool:
-    states = one.state_dict(), two.state_dict()
-    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-
-
-def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+from tests.core.training import (
+    PLAIN,
+    STEPS,
+    Batch,
+    linear,
+    rows,
+    same,
+    squared,
+)
 
 
 def by_hand(schedule: Schedule) -> tuple[nn.Module, list[float], list[list[Tensor]]]:
@@ -239,101 +159,6 @@ def test_evaluates_every_so_often_and_at_the_end() -> None:
     assert [entry["epoch"] for entry in found.history if "score" in entry] == [1, 3, 4]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that `run_here` starts: sums of several threads differ from those of one in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train_net(tmp_path_factory.mktemp("whole"))
-
-
-def test_a_killed_training_goes_on_to_the_same_bytes(uninterrupted: Any, tmp_path: Path) -> None:
-    epoch = 1
-    ran = run_here("kill", str(tmp_path), str(epoch))
-    assert ran.returncode == -signal.SIGKILL, ran.stderr
-    epochs: list[int] = []
-    found = train_net(tmp_path, resume=True, on_epoch=lambda done, model: epochs.append(done))
-    assert epochs == list(range(epoch + 1, BUSY.epochs)), "finished epochs are not trained again"
-    assert same(found.model, uninterrupted.model)
-    assert without_seconds(found.history) == without_seconds(uninterrupted.history)
-
-
-def test_resuming_a_finished_training_trains_nothing(uninterrupted: Any, tmp_path: Path) -> None:
-    train_net(tmp_path)
-    found = fit(net(), no_batches, squared, BUSY, steps_per_epoch=STEPS, folder=tmp_path, resume=True)
-    assert same(found.model, uninterrupted.model)
-
-
-def no_batches(epoch: int) -> Iterator[Batch]:
-    raise AssertionError("asked for batches")
-
-
-def short(
-    folder: Path, resume: bool = False, model: nn.Module | None = None, steps: int = STEPS, **changed: Any
-) -> Any:
-    schedule = replace(PLAIN, epochs=1, **changed)
-    return fit(model or linear(), rows, squared, schedule, steps_per_epoch=steps, folder=folder, resume=resume)
-
-
-def test_another_training_is_refused(tmp_path: Path) -> None:
-    short(tmp_path)
-    for other, what in (
-        ({"lr": 0.5}, "another schedule"),
-        ({"steps": 5}, "another number of steps an epoch, 6 instead"),
-    ):
-        with pytest.raises(InputError, match=f"last.safetensors: was written with {what}"):
-            short(tmp_path, resume=True, **other)
-    with pytest.raises(InputError, match="last.safetensors: was written for another network"):
-        short(tmp_path, resume=True, model=nn.Linear(4, 1))
-    short(tmp_path, lr=0.5)  # without resume it starts anew
-
-
-@pytest.mark.parametrize("damage", ["torn", "empty", "foreign"])
-def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) -> None:
-    short(tmp_path)
-    last = tmp_path / "last.safetensors"
-    if damage == "foreign":
-        save_file({"x": torch.zeros(1)}, str(last))
-    else:
-        last.write_bytes(last.read_bytes()[: -20 if damage == "torn" else 0])
-    with pytest.raises(InputError, match=r"last\.safetensors: not a whole checkpoint") as caught:
-        short(tmp_path, resume=True)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any, **named: Any) -> None:
-        # word for word what safetensors 0.8 says on a full tmpfs
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("core.train.save_file", full)
-    with pytest.raises(InputError, match=r"last\.safetensors: the disk is full; free some space"):
-        short(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_named_for_a_plain_file_too(tmp_path: Path) -> None:
-    (tmp_path / "run.json.new").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"run\.json: the disk is full"), replaced(tmp_path / "run.json") as fresh:
-        fresh.write_text("{}")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "value.json"
-    with replaced(path) as fresh:
-        fresh.write_text("old")
-    with pytest.raises(KeyError), replaced(path) as fresh:
-        fresh.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old"
-
-
 def test_a_loss_that_is_not_finite_names_where() -> None:
     calls: list[int] = []
 
@@ -376,87 +201,3 @@ def batch_threads() -> list[threading.Thread]:
 def test_an_epoch_without_batches_is_refused() -> None:
     with pytest.raises(InputError, match="epoch 0 brought no batch"):
         fit(linear(), lambda epoch: [], squared, PLAIN, steps_per_epoch=STEPS)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_batches_and_end_alike(tmp_path: Path) -> None:
-    ran = run_here("share", str(tmp_path), launch=TWO_PROCESSES)
-    assert ran.returncode == 0, ran.stderr
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [t["seen"] for t in told] == [[0, 2, 4] * BUSY.epochs, [1, 3, 5] * BUSY.epochs]
-    assert without_seconds(told[0]["history"]) == without_seconds(told[1]["history"])
-    assert [t["evaluated"] for t in told] == [BUSY.epochs, 0]
-    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    assert one.keys() == two.keys() == net().state_dict().keys()
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
-    assert set(load_file(tmp_path / "last.safetensors")) >= {"model/norm.running_mean", "average/norm.running_mean"}
-
-
-@pytest.mark.slow
-def test_two_processes_step_on_the_mean_gradient(tmp_path: Path) -> None:
-    """Three rounds of two batches are three steps on double batches in one process."""
-
-    def doubled(epoch: int) -> Iterator[Batch]:
-        batches = list(rows(epoch))
-        for one, two in zip(batches[::2], batches[1::2], strict=True):
-            yield torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])
-
-    ran = run_here("double", str(tmp_path), launch=TWO_PROCESSES)
-    assert ran.returncode == 0, ran.stderr
-    expected = fit(linear(), doubled, squared, PLAIN, steps_per_epoch=STEPS // 2)
-    for name, value in load_file(tmp_path / "0.safetensors").items():
-        torch.testing.assert_close(value, expected.model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
-    history = json.loads((tmp_path / "0.json").read_text())["history"]
-    assert [h["loss"] for h in history] == pytest.approx([h["loss"] for h in expected.history], abs=1e-5)
-
-
-def run_here(*arguments: str, launch: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*(launch or [sys.executable]), str(Path(__file__)), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def kill(folder: Path, epoch: int) -> None:
-    def on_epoch(done: int, model: nn.Module) -> None:
-        if done == epoch:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train_net(folder, on_epoch=on_epoch)
-
-
-def share(folder: Path) -> None:
-    """What one of several processes does: train, and leave what it saw and what came out."""
-    seen: list[int] = []
-    evaluated: list[int] = []
-
-    def batches(epoch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        yield from ((index, *batch) for index, batch in enumerate(images(epoch)))
-
-    def loss(model: nn.Module, batch: tuple[int, Tensor, Tensor]) -> Tensor:
-        seen.append(batch[0])
-        return squared(model, batch[1:])
-
-    def evaluate(model: nn.Module) -> float:
-        evaluated.append(1)
-        return negative_error(model)
-
-    found = fit(net(), batches, loss, BUSY, steps_per_epoch=STEPS, folder=folder, evaluate=evaluate)
-    leave(folder, found, {"seen": seen, "evaluated": len(evaluated)})
-
-
-def double(folder: Path) -> None:
-    leave(folder, fit(linear(), rows, squared, PLAIN, steps_per_epoch=STEPS), {})
-
-
-def leave(folder: Path, found: Any, about: dict[str, Any]) -> None:
-    rank = os.environ["RANK"]
-    save_file({k: v.contiguous() for k, v in found.model.state_dict().items()}, str(folder / f"{rank}.safetensors"))
-    (folder / f"{rank}.json").write_text(json.dumps({**about, "history": found.history}))
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "kill":
-        kill(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        {"share": share, "double": double}[sys.argv[1]](Path(sys.argv[2]))

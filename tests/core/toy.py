@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.figures import Figure, Figures, Gate, Measured
-from core.kit import Graph, InputError, Recipe
+from core.kit import Graph, InputError, Kit, Recipe
 from core.quantization import QAT, Quantize
 
 PTQ = Quantize(samples=32, reduce_range=True, quantize_outputs=True)
@@ -54,12 +54,17 @@ class ToyKit:
     default_target = "x86-edge-box"
     headline = "accuracy"
     rate_hz = 10.0
+    runtimes: tuple[str, ...] = ("onnxruntime", "openvino")
     gates: tuple[Gate, ...] = (
         Gate("accuracy", "accuracy", ">= 90", "%"),
         Gate("parameters", "parameters", "<= 2000"),
         Gate("speed", "fps", ">= 1", "1/s", device="this-host"),
         Gate("power", "power", "<= 1000", "W", device="edge-1w"),
     )
+
+    def of(self, model: nn.Module) -> Kit:
+        """Nothing here depends on the model."""
+        return self
 
     def model(self, weights: Path | None = None) -> nn.Module:
         net = Toy()
@@ -150,6 +155,12 @@ class ToyKit:
 
     def baselines(self, samples: Sequence[Sample], threads: int) -> dict[str, Callable[[], Any]]:
         return {}
+
+    def compare(
+        self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
+    ) -> tuple[Figures, list[dict[str, Any]]]:
+        """Nothing beyond the scores."""
+        return Figures(), []
 
     def pictures(self, module: nn.Module, samples: Sequence[Sample], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import cv2
@@ -63,6 +64,17 @@ def test_without_ultralytics_it_says_what_to_install(tmp_path: Path, monkeypatch
         InputError, match=r"ultralytics \(AGPL-3.0\); install it with: pip install 'fitkit\[baseline\]'"
     ):
         baseline.train_yolo("yolov8n", [], [], tmp_path, 1)
+
+
+def test_the_untrained_baseline_says_so_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "available", lambda: True)
+    monkeypatch.setattr(baseline, "exported", lambda architecture: tmp_path / f"{architecture}.xml")
+    monkeypatch.setattr(
+        importlib.import_module("core.export.openvino"), "OpenVINOModule", lambda path, threads, as_tuple: None
+    )
+    (name,) = baseline.speed_baselines([pair(tmp_path, "a", [], [])], 1)
+    assert name == "yolov8n-fp32-openvino (random weights: architecture only)"
+    assert name.split("-")[0] == "yolov8n", "its figure is speedup_yolov8n"
 
 
 class Output(nn.Module):

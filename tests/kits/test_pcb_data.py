@@ -189,6 +189,9 @@ def test_pairs_to_inspect_are_found(base: Path, tmp_path: Path) -> None:
     template.unlink()
     with pytest.raises(InputError, match=r"01000000_temp\.jpg is not beside it"):
         deeppcb.find_pairs(base)
+    test.rename(folder / "_test.png")
+    with pytest.raises(InputError, match=r"/_test\.png: has no name before _test; expected NAME_test\.png, so give it"):
+        deeppcb.find_pairs(base)
 
 
 def count(mask: np.ndarray, connectivity: int) -> int:

@@ -238,6 +238,8 @@ def _in_folder(folder: Path) -> list[Pair]:
         if test.suffix.lower() not in SUFFIXES:
             continue
         stem = test.stem.removesuffix("_test")
+        if not stem:
+            raise InputError(f"{test}: has no name before _test; expected NAME_test{test.suffix}, so give it one")
         found = [
             p for s in SUFFIXES for p in (test.with_name(f"{stem}_temp{s}"), test.with_name(f"{stem}_temp{s.upper()}"))
         ]

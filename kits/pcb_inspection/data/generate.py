@@ -22,7 +22,7 @@ BENT = 0.012  # share of pairs slightly turned or stretched there
 
 
 def generate(
-    out: Path | str, *, train: int = 24, val: int = 8, holdout: int = 8, test: int = 12, seed: int = 0
+    out: Path | str, *, train: int = 24, val: int = 8, holdout: int = 8, test: int = 40, seed: int = 0
 ) -> Path:
     """Write `out`/PCBData as DeepPCB is published and return it: pairs, annotations, trainval.txt and test.txt.
 
