@@ -285,7 +285,9 @@ def _quiet() -> None:
     """Keep the chatter of libraries that fitkit stands on out of the user's sight."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("ONEDNN_VERBOSE", "0")
-    for library in ("bitsandbytes", "diffusers", "peft", "transformers"):
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("bitsandbytes", "peft"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -75,11 +75,12 @@ def make_vae() -> Any:
     """
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(**VAE, scaling_factor=1.0)
+    vae: Any = AutoencoderKL(**VAE, scaling_factor=1.0)
     with torch.no_grad():
         for name, module in vae.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.orthogonal_(module.weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
                 # spread over the kernel's places; neighbouring pixels are alike, so their responses add up
                 module.weight /= module.kernel_size[0]

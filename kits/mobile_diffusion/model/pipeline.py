@@ -84,7 +84,8 @@ class Diffusion(nn.Module):
         if not packed_layers(self):
             save_diffusion(self, folder, self.unet.dtype)
             return
-        save_packed(self.pipeline(), folder, texts={SAMPLING: json.dumps(asdict(self.sampling)) + "\n"})
+        with _no_bars():
+            save_packed(self.pipeline(), folder, texts={SAMPLING: json.dumps(asdict(self.sampling)) + "\n"})
 
     def pipeline(self) -> Any:
         """A diffusers StableDiffusionPipeline that shares these modules, without a safety checker."""
