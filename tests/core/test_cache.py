@@ -77,7 +77,7 @@ def test_shipped_weights_are_exported_once_and_whole(home: Path, monkeypatch: py
     def stop(*given: Any, **named: Any) -> Any:
         raise Stopped
 
-    monkeypatch.setattr(core.shipped, "export", export_one)
+    monkeypatch.setattr(core.shipped, "export_kit", export_one)
     monkeypatch.setattr(core.shipped, "SECONDS", 0.05)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(core.shipped, "bench", stop)
