@@ -70,9 +70,9 @@ class Stopped(BaseException):
 def test_shipped_weights_are_exported_once_and_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exports: list[Path] = []
 
-    def export_one(models: Any, graphs: Any, target: str, out: Path, **named: Any) -> Artifact:
+    def export_one(models: Any, kit: Any, target: str, out: Path, meta: Any) -> Artifact:
         exports.append(out)
-        return export(models, graphs, target, out, runtimes=["onnxruntime"], **named)
+        return export(models, kit.exports(), target, out, kit=kit.name, meta=meta, runtimes=["onnxruntime"])
 
     def stop(*given: Any, **named: Any) -> Any:
         raise Stopped

@@ -92,6 +92,13 @@ def test_meta_gives_steps_and_guidance(packed: Path, tmp_path: Path) -> None:
     assert (results["steps"], results["guidance"]) == (1, 1.0)
 
 
+fresh = pytest.mark.skipif(
+    "(__import__('core.hardware.memory_plan', fromlist=['x']).resident_bytes('VmHWM') or 0) > 1_500_000_000",
+    reason="this process has held more memory than these plans are about; run this file alone",
+)
+
+
+@fresh
 def test_memory_limit(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"memory limit 10 MB: the leanest way needs ~\d+ MB, packed"):
         predict(packed, [PROMPT], {}, tmp_path / "none", options("--memory-limit", "10MB"))
@@ -102,6 +109,7 @@ def test_memory_limit(packed: Path, tmp_path: Path) -> None:
     assert memory["plan"]["way"] == "expanded to float"
 
 
+@fresh
 def test_ways_go_from_fast_to_lean(packed: Path) -> None:
     plans = list(plan_generation(packed, size=(256, 256), guidance=3.0, batch=2))
     assert plans[0].way.expanded and not plans[-1].way.expanded
