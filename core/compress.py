@@ -135,9 +135,9 @@ def compress(
             small = outcome.model
             entry = TraceEntry(step, outcome.changed, outcome.skipped, round(time.perf_counter() - started, 3))
             trace.append(entry)
-            if place is not None:
+            if place is not None and work is not None:
                 _write(place, small, entry, outcome.structure, origin)
-                shutil.rmtree(work, ignore_errors=True)  # type: ignore[arg-type]
+                shutil.rmtree(work, ignore_errors=True)
         small.eval()
         if on_step is not None:
             on_step(index, step, small)

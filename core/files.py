@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -45,6 +47,30 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) whole or not at all, as `replaced` does."""
     with replaced(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path, mend: str) -> dict[str, Any]:
+    """The JSON object of a file; raises InputError that ends in `mend` where it is missing or holds something else."""
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {mend}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); {mend}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object; {mend}")
+    return found
+
+
+def inside(folder: Path, name: str, listed: Path) -> Path:
+    """The file of a path that `listed` names; refuses one that is absolute, climbs with '..', or links out of it."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not pure.parts:
+        raise InputError(f"{listed}: path {name!r} is refused; expected a relative path inside its folder")
+    file = folder / pure
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{file}: links out of its folder and is refused; put the file itself there")
+    return file
 
 
 def _full(path: Path) -> InputError:

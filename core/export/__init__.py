@@ -12,13 +12,12 @@ from typing import Any
 from torch import nn
 
 from core.export import onnx, openvino
-from core.export.artifact import FORMAT, Artifact, Variant, list_files, load_module, replacing, write_manifest
+from core.export.artifact import Artifact, Variant, load_module, replacing, write_artifact
 from core.export.audit import audit_file, merge
 from core.export.folder import RUNTIME, export_folders
 from core.export.layers import Layers
 from core.export.parity import Criterion, ParityError, Reference, check, compare_layers, described
 from core.export.trace import Export, audit_trace
-from core.figures import today
 from core.hardware.host import processor
 from core.kit import Graph, InputError, Kit
 from core.quantization import Quantizer, pack_weights, quant_layers
@@ -77,18 +76,7 @@ def export(
                     "audit": {"device": processor()[0], **merge(collected[runtime])},
                     "parity": {"criterion": str(criterion), "tolerance": criterion.limit, "graphs": parities[runtime]},
                 }
-        manifest = {
-            "format": FORMAT,
-            "kit": kit,
-            "target": target_name,
-            "created": today(),
-            "chosen": list(variants)[-1],
-            "meta": dict(meta or {}),
-            "graphs": shapes,
-            "variants": variants,
-            "files": list_files(stage),
-        }
-        write_manifest(stage, manifest)
+        write_artifact(stage, kit=kit, target=target_name, meta=meta or {}, graphs=shapes, variants=variants)
     return Artifact.open(out)
 
 

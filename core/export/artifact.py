@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from core.compress import file_hash
-from core.files import write_text
+from core.figures import today
+from core.files import inside, write_text
 from core.kit import InputError
 
 MANIFEST = "manifest.json"
@@ -74,7 +75,7 @@ class Artifact:
             raise InputError(f"{path}: not JSON ({error}); export the artifact again") from error
         _check_form(path, manifest)
         for name, record in manifest["files"].items():
-            file = _inside(folder, name)
+            file = inside(folder, name, path)
             if not file.is_file():
                 raise InputError(f"{file}: missing, though {path} lists it; export the artifact again")
             if file.stat().st_size != record["bytes"] or file_hash(file) != record["sha256"]:
@@ -225,20 +226,33 @@ def _check_form(path: Path, manifest: Any) -> None:
         raise refuse("'chosen'", "the name of a variant")
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of a manifest's path; refuses what is absolute, climbs with '..', or links out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not pure.parts:
-        raise InputError(f"{folder / MANIFEST}: path {name!r} is refused; expected a relative path inside the artifact")
-    file = folder / pure
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{file}: links out of the artifact and is refused; put the file itself there")
-    return file
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json` whole or not at all; raises InputError naming it where the disk is full."""
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+
+def write_artifact(
+    stage: Path,
+    *,
+    kit: str,
+    target: str,
+    meta: Mapping[str, Any],
+    graphs: Mapping[str, Any],
+    variants: Mapping[str, Any],
+) -> None:
+    """Write the manifest of all files that are in `stage` now; the last of the variants is chosen."""
+    manifest = {
+        "format": FORMAT,
+        "kit": kit,
+        "target": target,
+        "created": today(),
+        "chosen": list(variants)[-1],
+        "meta": dict(meta),
+        "graphs": dict(graphs),
+        "variants": dict(variants),
+        "files": list_files(stage),
+    }
+    write_manifest(stage, manifest)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from core.files import read_object
 from core.kit import InputError
 from core.pruning.bypass import bypass
 from core.quantization.packing import group_count, row_bytes
@@ -133,7 +133,7 @@ def plan_pipeline(
 def _index(source: Path) -> dict[str, Any]:
     """`model_index.json` with the parts that are not needed for pictures taken out."""
     path = source / "model_index.json"
-    index = read_json(path, "give the folder of a Stable Diffusion pipeline as diffusers saves it")
+    index = read_object(path, "give the folder of a Stable Diffusion pipeline as diffusers saves it")
     found = index.get("_class_name")
     if found not in PIPELINES:
         raise InputError(f"{path}: _class_name {found!r}; expected one of {', '.join(sorted(PIPELINES))}")
@@ -149,19 +149,6 @@ def _index(source: Path) -> dict[str, Any]:
     return {**index, "requires_safety_checker": False}
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """A JSON object of a file; raises InputError with `mend` where there is none."""
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {mend}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {mend}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not a JSON object; {mend}")
-    return found
-
-
 def _component(
     folder: Path,
     class_name: str,
@@ -170,7 +157,7 @@ def _component(
     variant: str | None,
     used: set[str],
 ) -> Component:
-    config = read_json(folder / "config.json", "copy the whole pipeline folder")
+    config = read_object(folder / "config.json", "copy the whole pipeline folder")
     quantized = config.pop("quantization_config", None) or {}
     if quantized.get("layers") or quantized and quantized.get("quant_method") != "fitkit":
         raise InputError(f"{folder / 'config.json'}: these weights are quantized already; give the original folder")
@@ -258,7 +245,7 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
     path = found[chosen]
     if path.suffix != ".json":
         return [path]
-    listed = read_json(path, "copy the whole folder").get("weight_map")
+    listed = read_object(path, "copy the whole folder").get("weight_map")
     files = sorted(set(listed.values())) if isinstance(listed, dict) else []
     for name in files:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):

@@ -205,14 +205,11 @@ def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.to(torch.float16) if t.is_floating_point() else t for n, t in state.items()}
 
 
-@cache
-def diffusers_classes() -> tuple[Any, Any]:
-    """The config and the quantizer of diffusers."""
-    quantizer_base: Any = import_module("diffusers.quantizers.base").DiffusersQuantizer
-    config_base: Any = import_module("diffusers.quantizers.quantization_config").QuantizationConfigMixin
+def _config_class(base: Any) -> Any:
+    """The config of packed weights on the mixin of one of the two libraries."""
 
     @dataclass
-    class FitkitConfig(config_base):  # type: ignore[misc]
+    class FitkitConfig(base):  # type: ignore[misc]
         quant_method: Any = Method.FITKIT
         layers: dict[str, dict[str, int]] = field(default_factory=dict)
         removed: list[str] = field(default_factory=list)
@@ -223,6 +220,15 @@ def diffusers_classes() -> tuple[Any, Any]:
 
         def to_dict(self) -> dict[str, Any]:
             return quantization_config(self.layers, self.removed)
+
+    return FitkitConfig
+
+
+@cache
+def diffusers_classes() -> tuple[Any, Any]:
+    """The config and the quantizer of diffusers."""
+    quantizer_base: Any = import_module("diffusers.quantizers.base").DiffusersQuantizer
+    config = _config_class(import_module("diffusers.quantizers.quantization_config").QuantizationConfigMixin)
 
     class FitkitQuantizer(quantizer_base):  # type: ignore[misc]
         is_serializable, is_trainable = True, True
@@ -261,27 +267,14 @@ def diffusers_classes() -> tuple[Any, Any]:
         ) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return _halved(state_dict), {}
 
-    return FitkitConfig, FitkitQuantizer
+    return config, FitkitQuantizer
 
 
 @cache
 def transformers_classes() -> tuple[Any, Any]:
     """The config and the quantizer of transformers."""
     quantizer_base: Any = import_module("transformers.quantizers.base").HfQuantizer
-    config_base: Any = import_module("transformers.utils.quantization_config").QuantizationConfigMixin
-
-    @dataclass
-    class FitkitConfig(config_base):  # type: ignore[misc]
-        quant_method: Any = Method.FITKIT
-        layers: dict[str, dict[str, int]] = field(default_factory=dict)
-        removed: list[str] = field(default_factory=list)
-
-        def __post_init__(self) -> None:
-            self.quant_method = Method.FITKIT
-            _check_layers(self.layers, self.removed)
-
-        def to_dict(self) -> dict[str, Any]:
-            return quantization_config(self.layers, self.removed)
+    config = _config_class(import_module("transformers.utils.quantization_config").QuantizationConfigMixin)
 
     class FitkitQuantizer(quantizer_base):  # type: ignore[misc]
         is_trainable = True
@@ -301,4 +294,4 @@ def transformers_classes() -> tuple[Any, Any]:
         def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return _halved(model.state_dict()), {}
 
-    return FitkitConfig, FitkitQuantizer
+    return config, FitkitQuantizer

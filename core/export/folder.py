@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from core.export.artifact import FORMAT, Artifact, list_files, replacing, write_manifest
+from core.export.artifact import Artifact, replacing, write_artifact
 from core.export.parity import Criterion, ParityError, Reference, described, deviation
-from core.figures import today
 from core.hardware.host import processor
 from core.kit import Graph, InputError, Kit
 from core.quantization.packed import packed_layers
@@ -77,18 +76,7 @@ def export_folders(
                 "audit": {"device": processor()[0], **_audit(again)},
                 "parity": {"criterion": str(criterion), "tolerance": criterion.limit, "graphs": parity},
             }
-        manifest = {
-            "format": FORMAT,
-            "kit": kit.name,
-            "target": target_name,
-            "created": today(),
-            "chosen": list(variants)[-1],
-            "meta": dict(meta or {}),
-            "graphs": shapes,
-            "variants": variants,
-            "files": list_files(stage),
-        }
-        write_manifest(stage, manifest)
+        write_artifact(stage, kit=kit.name, target=target_name, meta=meta or {}, graphs=shapes, variants=variants)
     return Artifact.open(out)
 
 

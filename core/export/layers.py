@@ -6,13 +6,14 @@ the rest (a batch norm folded into a convolution carries the norm's path but the
 
 from __future__ import annotations
 
-import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+_QUOTED = re.compile(r"'([^']*)'")  # the exporter writes a list of names as Python shows it
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
@@ -60,7 +61,7 @@ class Layers:
         """The modules that a node lies in, outermost first; empty for a node that a later pass put in."""
         for prop in node.metadata_props:
             if prop.key == SCOPES:
-                return [s for s in ast.literal_eval(prop.value)[:-1] if s in self._modules]
+                return [s for s in _QUOTED.findall(prop.value)[:-1] if s in self._modules]
         return []
 
     def layer(self, node: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.compress import file_hash
 from core.export.artifact import list_files, recover
-from core.files import write_text, writing
+from core.files import inside, write_text, writing
 from core.kit import InputError
 
 MANIFEST = "fitkit.json"
@@ -32,7 +32,7 @@ def verify(folder: Path | str, later: Collection[str] = ()) -> dict[str, Any]:
     folder = Path(folder)
     recover(folder)
     manifest = read_manifest(folder)
-    files = {name: _inside(folder, name) for name in manifest["files"]}
+    files = {name: inside(folder, name, folder / MANIFEST) for name in manifest["files"]}
     for name, file in files.items():
         if not file.is_file():
             raise InputError(f"{file}: missing, though {folder / MANIFEST} lists it; {MEND}")
@@ -118,14 +118,3 @@ def packing(out: Path | str, about: Mapping[str, Any], *, keep: bool = False) ->
 def unfinished(out: Path) -> Path:
     """Where a packed folder is built before it takes the place of `out`."""
     return out.with_name(f".{out.name}.packing")
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file of a manifest's path; refuses what is absolute, climbs with '..', or links out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not pure.parts:
-        raise InputError(f"{folder / MANIFEST}: path {name!r} is refused; expected a relative path inside the folder")
-    file = folder / pure
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{file}: links out of the packed folder and is refused; put the file itself there")
-    return file

@@ -20,20 +20,18 @@ def silenced() -> Iterator[None]:
         stream.flush()
     kept = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as aside:
+        whole = False
         try:
             for number in (1, 2):
                 os.dup2(aside.fileno(), number)
-            try:
-                yield
-            finally:
-                for stream in (sys.stdout, sys.stderr):
-                    stream.flush()
-                for number, descriptor in zip((1, 2), kept, strict=True):
-                    os.dup2(descriptor, number)
-        except BaseException:
-            aside.seek(0)
-            sys.stderr.write(aside.read().decode(errors="replace"))
-            raise
+            yield
+            whole = True
         finally:
-            for descriptor in kept:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, descriptor in zip((1, 2), kept, strict=True):
+                os.dup2(descriptor, number)
                 os.close(descriptor)
+            if not whole:
+                aside.seek(0)
+                sys.stderr.write(aside.read().decode(errors="replace"))

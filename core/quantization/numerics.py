@@ -7,6 +7,7 @@ the simulation and a runtime agree on ties.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,12 +85,12 @@ class _FakeQuantize(torch.autograd.Function):
     """`low` and `high` are the integer limits less the zero point: -Q_N and Q_P of the LSQ paper."""
 
     @staticmethod
-    def forward(ctx, x, scale, low, high):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale, low, high)
         return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, low, high = ctx.saved_tensors
         v = x / scale
         grad_x = grad_scale = None

@@ -121,9 +121,18 @@ def detect_yolo(weights: Path, architecture: str, pairs: Sequence[Pair], threads
 def yolo_teacher(weights: Path) -> Callable[[Tensor], Tensor]:
     """A trained YOLO as a teacher: images (N, H, W) uint8 to class probabilities (N, 6, H / 8, W / 8).
 
-    The cells of its strides 16 and 32 are spread over the finer ones and the larger probability counts.
+    The cells of its strides 16 and 32 are spread over the finer ones and the larger probability counts. Ultralytics'
+    files are pickles: give one of your own making only. Raises InputError for a file that it cannot read.
     """
-    network = _yolo(ARCHITECTURES[0], weights).model.eval()
+    mend = "give the best.pt that benchmarks/pcb_yolo.py left"
+    if weights.suffix != ".pt":
+        raise InputError(f"{weights}: not a file of Ultralytics' weights (.pt); {mend}")
+    try:
+        network = _yolo(ARCHITECTURES[0], weights).model.eval()
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever its unpickling raises
+        raise InputError(f"{weights}: Ultralytics cannot read it ({type(error).__name__}); {mend}") from error
     classes = int(getattr(network, "nc", 0) or len(getattr(network, "names", ())))
     if classes != len(CLASSES):
         raise InputError(f"{weights}: a YOLO of {classes} classes, expected the {len(CLASSES)} of this kit")

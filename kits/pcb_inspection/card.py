@@ -43,7 +43,7 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
     about, scores = card["about"], card["scores"]
     sizes = about["pairs"]
     rows = [
-        f"| {title} [%] | " + " | ".join(f"{scores[v][key]:.2f}" for v in scores) + " |"
+        f"| {title} [%] | " + " | ".join(_cell(scores[v][key]) for v in scores) + " |"
         for key, title in SHOWN
         if key in next(iter(scores.values()))
     ]
@@ -66,6 +66,11 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
         " model knows when `predict` warns of a poor match. A flaw of the template that the board has not is no defect"
         " here, so that a small opening which the template shows and the board lacks is not called.", "",
     ])  # fmt: skip
+
+
+def _cell(value: float | None) -> str:
+    """A number of the table; a rate over nothing (no call at all, so no precision) is none."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _licence(deeppcb: bool) -> str:

@@ -328,7 +328,7 @@ def test_link_out_of_the_artifact_is_refused(own: Path) -> None:
     file = own / "fp32/main.bin"
     file.rename(own.parent / "elsewhere.bin")
     file.symlink_to(own.parent / "elsewhere.bin")
-    with pytest.raises(InputError, match=r"fp32/main\.bin: links out of the artifact"):
+    with pytest.raises(InputError, match=r"fp32/main\.bin: links out of its folder"):
         Artifact.open(own)
 
 

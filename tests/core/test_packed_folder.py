@@ -74,7 +74,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
     (tmp_path / "elsewhere").write_bytes(b"abc")
     (folder / "unet/weights.safetensors").unlink()
     (folder / "unet/weights.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="links out of the packed folder"):
+    with pytest.raises(InputError, match="links out of its folder"):
         verify(folder)
 
 

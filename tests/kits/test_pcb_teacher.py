@@ -62,6 +62,16 @@ def test_a_yolo_of_other_classes_and_an_end_to_end_head_are_refused(monkeypatch:
         teach(monkeypatch, EndToEnd())(torch.zeros(1, SIDE, SIDE, dtype=torch.uint8))
 
 
+def test_a_file_that_is_no_yolo_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics", reason="the extra 'baseline' (ultralytics) is not installed")
+    (tmp_path / "a.log").write_text("no weights")
+    (tmp_path / "torn.pt").write_bytes(b"PK no weights either")
+    with pytest.raises(InputError, match=r"a\.log: not a file of Ultralytics' weights \(\.pt\); give the best\.pt"):
+        baseline.yolo_teacher(tmp_path / "a.log")
+    with pytest.raises(InputError, match=r"torn\.pt: Ultralytics cannot read it"):
+        baseline.yolo_teacher(tmp_path / "torn.pt")
+
+
 def test_an_inverted_crop_is_shown_as_it_was_and_answered_in_dual_classes() -> None:
     seen: list[Tensor] = []
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import core  # noqa: F401  diffusers and transformers then know packed folders
 from core.export.diffusers_quantizer import save_packed
-from core.files import write_text, writing
+from core.files import read_object, write_text, writing
 from core.kit import InputError
 from core.quantization.packed import packed_layers
 
@@ -26,6 +26,7 @@ from core.quantization.packed import packed_layers
 PARTS = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 SAMPLING = "sampling.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COPY = "copy the folder anew"
 _ONLY = "expected Stable Diffusion 1.x or 2.x (SD-1.4, 1.5, 2.1, BK-SDM, LCM, Turbo)"
 
 
@@ -257,7 +258,7 @@ def _index(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: model_index.json is missing; give the folder that a diffusers pipeline was saved to"
         )
-    index = _json(path)
+    index = read_object(path, _COPY)
     kind = index.get("_class_name")
     for name in ("text_encoder_2", "text_encoder_3", "transformer", "prior", "controlnet"):
         if _listed(index, name) or (folder / name).is_dir():
@@ -284,7 +285,7 @@ def _scheduler(folder: Path, index: dict[str, Any]) -> Any:
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise InputError(f"{folder / 'model_index.json'}: scheduler {name!r} is none of diffusers' schedulers")
-    _json(folder / "scheduler" / "scheduler_config.json")
+    read_object(folder / "scheduler" / "scheduler_config.json", _COPY)
     return cls.from_pretrained(folder / "scheduler", local_files_only=True)
 
 
@@ -293,7 +294,7 @@ def _sampling(folder: Path) -> Sampling:
     path = folder / SAMPLING
     if not path.exists():
         return Sampling()
-    data = _json(path)
+    data = read_object(path, _COPY)
     steps, guidance = data.get("steps"), data.get("guidance")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"{path}: steps is {steps!r}, expected a whole number from 1")
@@ -316,7 +317,7 @@ def _part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     import transformers
 
     place, kind = folder / name, PARTS[name]
-    config = _json(place / "config.json")
+    config = read_object(place / "config.json", _COPY)
     found = config.get("_class_name") or (config.get("architectures") or [kind])[0]
     if found != kind:
         raise InputError(f"{place / 'config.json'}: a {found}, expected {kind}; {_ONLY}")
@@ -370,18 +371,6 @@ def _check_widths(folder: Path, model: Diffusion) -> None:
                 f"{folder / 'unet'}: cross_attention_dim {dim}, but the text encoder gives {text.hidden_size}; "
                 f"the two are not of one model"
             )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: missing; copy the folder anew")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); copy the folder anew") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object; copy the folder anew")
-    return data
 
 
 def _line(error: BaseException) -> str:
