@@ -74,7 +74,7 @@ class Run:
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
         figures = self._figures(artifact, precisions, scores, timing, len(samples), split)
-        more, tables = self._compare(original, artifact, samples)
+        more, tables = self._compare(original, artifact, precisions["compressed"], samples)
         figures |= more
         for stage, model in stages.items():
             figures |= (self._estimates(model) | self._power(model)).restage(stage)
@@ -191,12 +191,14 @@ class Run:
         return stored
 
     def _compare(
-        self, original: nn.Module, artifact: Artifact, samples: Sequence[Any]
+        self, original: nn.Module, artifact: Artifact, precision: str, samples: Sequence[Any]
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """What the kit finds with both models side by side."""
 
         def make() -> dict[str, Any]:
-            small = artifact.as_module(threads=THREADS)
+            # what was compressed, also where the original is the faster one here and recommended
+            name = next(v.name for v in artifact.variants.values() if v.precision == precision)
+            small = artifact.as_module(name, THREADS)
             figures, tables = self.kit.compare(original, small, samples, artifact, self.preset, self.out / "compare")
             return {"figures": [f.to_json() for f in figures], "tables": tables}
 
@@ -323,9 +325,9 @@ def _bits_name(model: nn.Module) -> str:
     """ "int8" by the bits of weights and inputs, "w4a8" where these differ, "mixed" for several; or "fp32"."""
     widths: Counter[int] = Counter()
     for layer in packed_layers(model).values():
-        widths[layer.bits] += layer.weight_packed.numel()
+        widths[layer.bits] += layer.weight_shape.numel()
     if widths:
-        return f"int{widths.most_common(1)[0][0]}"  # the width of most of the bytes
+        return f"int{widths.most_common(1)[0][0]}"  # the width of most of the weights
     found = {
         (q.weight_quantizer.scheme.bits, q.input_quantizer.scheme.bits if q.input_quantizer is not None else 0)
         for q in quant_layers(model).values()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.evaluation.measure import device, runtime_title
-from core.export.artifact import Origin
+from core.export.artifact import origin_of
 from core.figures import Figure, Figures, Measured, Stage
 from core.kit import Kit
 
@@ -31,13 +31,13 @@ def evaluate(
     """
     split = kit.report_split(data)
     samples = kit.dataset(data, split)
-    origin = getattr(module, "origin", None)
+    origin = origin_of(module)
     software, sha256 = f"torch {torch.__version__}, {type(module).__name__}", ""
-    if isinstance(origin, Origin):
+    if origin is not None:
         software = runtime_title(origin.artifact, origin.variant, origin.threads)
         sha256 = origin.artifact.sha256
     if meta is None:
-        meta = origin.artifact.meta if isinstance(origin, Origin) and origin.artifact.meta else kit.shipped()[1]
+        meta = origin.artifact.meta if origin is not None and origin.artifact.meta else kit.shipped()[1]
     basis = Measured(device(), software, len(samples), None, sha256, note=f"split {split}")
     scores = kit.score(module, samples, meta)
     return Figures(Figure(name, value, unit, basis, stage) for name, (value, unit) in scores.items())

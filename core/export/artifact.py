@@ -53,6 +53,12 @@ class Origin:
     threads: int | None
 
 
+def origin_of(module: nn.Module) -> Origin | None:
+    """Where a module of `Artifact.as_module` comes from, None of any other."""
+    found: Any = getattr(module, "origin", None)
+    return found if isinstance(found, Origin) else None
+
+
 class Artifact:
     """An opened artifact; make one with `export`, read one with `Artifact.open`."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from core.evaluation.bench import bench
 from core.evaluation.measure import device, runtime_title
+from core.export.artifact import origin_of
 from core.figures import Estimated, Figure, Figures, Measured
 from core.files import write_text
 from core.hardware import estimate, target
@@ -35,6 +36,12 @@ SECONDS = {"smoke": 4.0, "full": 20.0}
 def judged(model: Diffusion, samples: Sequence[Any]) -> bool:
     """Whether alignment can be told: pictures of the scenes' size, and prompts in their language."""
     return model.pixels == SIZE and all(isinstance(p, Prompt) and p.kind for p in samples)
+
+
+def _variant(model: Diffusion) -> str | None:
+    """The artifact's variant that a model is; None, its chosen one, of a model that comes from none."""
+    origin = origin_of(model)
+    return origin.variant if origin is not None else None
 
 
 def evaluate(model: Diffusion, samples: Sequence[Prompt], out: Path) -> dict[str, Any]:
@@ -60,7 +67,8 @@ def compare(
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """Figures that need both models, and tables of the error by step and of the bytes by component."""
     few = list(islice(samples, COMPARED[preset]))
-    title = runtime_title(artifact, None, 2)
+    variant = _variant(compressed)
+    title = runtime_title(artifact, variant, 2)
     basis = Measured(device(), title, len(few), None, artifact.sha256, note="the original's pictures, same seeds")
     figures, tables = _fidelity(original, compressed, few, basis)
     figures |= _ratios(kit, original, compressed, few, artifact, preset)
@@ -112,12 +120,13 @@ def _ratios(
     kit: Kit, original: Diffusion, compressed: Diffusion, prompts: Sequence[Prompt], artifact: Any, preset: str
 ) -> Figures:
     """Speed in turns in one run, and bytes against FP32."""
+    variant = _variant(compressed)
     runs = {"original": kit.pipeline(original, prompts), "compressed": kit.pipeline(compressed, prompts)}
     timed = bench(runs, seconds=SECONDS[preset], threads=2, label="original and compressed in turns")
     ratio = timed.ratios["original", "compressed"]
     where = Measured(
         device(),
-        f"{runtime_title(artifact, None, 2)} in turns with the original in FP32",
+        f"{runtime_title(artifact, variant, 2)} in turns with the original in FP32",
         timed.timings["compressed"].runs,
         (ratio.high - ratio.low) / 2,
         artifact.sha256,
@@ -128,7 +137,7 @@ def _ratios(
     return Figures(
         [
             Figure("speedup", ratio.value, "x", where),
-            Figure("size_ratio", artifact.size_bytes() / full, "", stored),
+            Figure("size_ratio", artifact.size_bytes(variant) / full, "", stored),
         ]
     )
 

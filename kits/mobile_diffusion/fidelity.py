@@ -222,7 +222,8 @@ def fidelity(
     """Compare pictures with the original's, pair by pair, and as sets where an encoder is given.
 
     `latents` are (ours, the original's), each (S, N, C, h, w) after every step, or (N, C, h, w) denoised where the
-    two took different steps. FID is None below two pictures more than there are features.
+    two took different steps. Features are brought to mean 0 and deviation 1 of the original's. FID is None below two
+    pictures more than there are features.
     """
     if len(pictures) != len(original) or not pictures:
         raise InputError(f"fidelity: {len(pictures)} pictures against {len(original)}; expected as many, at least one")
@@ -235,7 +236,11 @@ def fidelity(
         denoised = curve.psnr[-1] if curve else latent_psnr(ours, theirs)
     distance, frechet = None, None
     if encoder is not None and len(pictures) >= 2:
-        x, y = (pictures_to_features(p, encoder) for p in (pictures, original))
+        x, y = (pictures_to_features(p, encoder).double() for p in (pictures, original))
+        # the kernel's cube is made for features about 1: an autoencoder's may lie in the thousands
+        middle, spread = y.mean(0), y.std(0, correction=0)
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        x, y = (x - middle) / spread, (y - middle) / spread
         distance = kid(x, y)
         frechet = fid(x, y) if len(x) >= x.shape[1] + 2 else None
     return Fidelity(
