@@ -212,8 +212,8 @@ class Kit(Protocol):
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """Figures and tables that need both models side by side, or that only this kit takes; nothing for most.
 
-        `artifact` is that of the run, `compressed` a module of it (`core.export.artifact.origin_of` names the variant), `out` a
-        folder for what is worth keeping.
+        `artifact` is that of the run, `compressed` a module of it (`origin_of` tells its variant), `out` a folder for
+        what is worth keeping.
         """
         ...
 
