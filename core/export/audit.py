@@ -99,6 +99,10 @@ def _onnxruntime(path: Path, layers: Layers) -> list[dict[str, Any]]:
             precision = "INT8" if integer else _ONNX_TYPES.get(first, "other")
         origin = layers.by_weights(node.input[1:]) if node.op_type in _WEIGHTED_KERNELS else None
         origin = origin or layers.find(node.name)
+        if node.op_type in _WEIGHTED_KERNELS and origin is not None and origin not in layers.weighted():
+            # a convolution that took in the activation behind it may bear that one's name, its weight laid out anew
+            before = layers.producer.get(origin.input[0]) if origin.input else None
+            origin = before if before is not None and before in layers.weighted() else origin
         rows.append(
             {
                 "operator": node.op_type,
