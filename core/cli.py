@@ -149,14 +149,13 @@ def _run(kit: Any, options: argparse.Namespace) -> int:
     from core.report.terminal import show
     from core.run import Run
 
-    name = options.recipe or kit.default_recipe
-    if name not in kit.recipes:
+    name = options.recipe
+    if name is not None and name not in kit.recipes:
         raise InputError(f"--recipe {name!r}: {kit.name} has {', '.join(kit.recipes)}")
     target = options.target or kit.default_target
     out = options.out or Path("runs") / kit.name
-    report = Run(
-        kit, kit.recipes[name], target, _folder(options.data), options.preset, out, options.resume, options.weights
-    )()
+    recipe = kit.recipes[name] if name is not None else None
+    report = Run(kit, recipe, target, _folder(options.data), options.preset, out, options.resume, options.weights)()
     show(report)
     print(f"report: {out / 'report.html'}   artifact: {out / 'artifact'}")
     return GATE_FAILED if report.failed else DONE

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from core.files import write_text
 from core.kit import Context, InputError, Kit, Recipe, Step
-from core.weights import load_weights, save_weights
+from core.weights import load_weights, save_weights, state_hash
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,8 @@ def file_hash(path: Path) -> str:
 
 def _origin(context: Context) -> dict[str, Any]:
     """What a run began from; one that is resumed from elsewhere would mix two runs in its figures."""
-    digest = hashlib.sha256()
-    for name, value in sorted(context.original.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     data = str(context.data.resolve()) if context.data is not None else None
-    return {"model": digest.hexdigest(), "data": data, "preset": context.preset, "seed": context.seed}
+    return {"model": state_hash(context.original), "data": data, "preset": context.preset, "seed": context.seed}
 
 
 def _write(place: Path, model: nn.Module, entry: TraceEntry, structure: dict[str, Any], origin: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from core.files import write_text
 from core.hardware import Target, estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix
 from core.kit import InputError, Kit, Recipe
+from core.ledger import ledger
 from core.quantization import layer_sqnr, packed_layers, quant_layers, unquantized
 from core.report import Report, judge, read_json
 
@@ -35,11 +36,12 @@ SECONDS = {"smoke": 6.0, "full": 30.0}
 class Run:
     """What to run: a kit's recipe for a target, on a folder of data or (None) the kit's generated set.
 
-    `weights` are a file or the folder that `fitkit train` left (None: the shipped ones).
+    `recipe` None is the kit's default for the model; `weights` are a file or the folder that `fitkit train` left (None:
+    the shipped ones).
     """
 
     kit: Kit
-    recipe: Recipe
+    recipe: Recipe | None
     target: str
     data: Path | None
     preset: str
@@ -51,15 +53,17 @@ class Run:
         """Compress, export, score, measure, estimate, judge; leaves the artifact and the report in `out`."""
         box = target(self.target)
         self.out.mkdir(parents=True, exist_ok=True)
-        self._begin()
         original = self.kit.model(self.weights)
-        return replace(self, kit=self.kit.of(original))._go(original, box)
+        kit = self.kit.of(original)
+        recipe = self.recipe or kit.recipes[kit.default_recipe]
+        self._begin(recipe)
+        return replace(self, kit=kit)._go(original, recipe, box)
 
-    def _go(self, original: nn.Module, box: Target) -> Report:
-        _say(f"compressing with recipe {self.recipe.name!r}: {self.recipe.cost}")
+    def _go(self, original: nn.Module, recipe: Recipe, box: Target) -> Report:
+        _say(f"compressing with recipe {recipe.name!r}: {recipe.cost}")
         small, trace = compress(
             original,
-            self.recipe,
+            recipe,
             self.kit,
             data=self.data,
             preset=self.preset,
@@ -76,6 +80,9 @@ class Run:
         figures = self._figures(artifact, precisions, scores, timing, len(samples), split)
         more, tables = self._compare(original, artifact, precisions["compressed"], samples)
         figures |= more
+        stacked = self._stage(
+            "ledger", lambda: ledger(self.kit, original, trace, self.out / "steps", samples, artifact.meta)
+        )
         for stage, model in stages.items():
             figures |= (self._estimates(model) | self._power(model)).restage(stage)
         notes = [
@@ -90,10 +97,14 @@ class Run:
             self.kit.gates,
             [*trace, *audit_trace(artifact)],
             kit=self.kit.name,
-            recipe=self.recipe,
+            recipe=recipe,
             target=self.target,
             layers=self._layers(small, trace),
-            tables=[_variants_table(artifact, scores, timing, self.kit.headline), *tables],
+            tables=[
+                _variants_table(artifact, scores, timing, self.kit.headline),
+                *([stacked] if stacked is not None else []),
+                *tables,
+            ],
             pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
             notes=[
                 f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and of "
@@ -105,11 +116,11 @@ class Run:
         report.save(self.out)
         return report
 
-    def _begin(self) -> None:
+    def _begin(self, recipe: Recipe) -> None:
         """Refuse to mix two runs in one folder; forget the stages of the last one unless resumed."""
         wanted = {
             "kit": self.kit.name,
-            "recipe": self.recipe.to_json(),
+            "recipe": recipe.to_json(),
             "target": self.target,
             "data": str(self.data.resolve()) if self.data else None,
             "preset": self.preset,

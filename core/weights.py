@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,15 @@ def load_stored(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"{where}: not weights of this {type(model).__name__}: {wrong[0]}{more}")
     model.load_state_dict(dict(tensors), strict=False)
+
+
+def state_hash(model: nn.Module) -> str:
+    """The sha256, in hexadecimal, of names, types, shapes and values of a model's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -185,10 +186,15 @@ def config_of(unet: Any) -> dict[str, Any]:
     return {key: value for key, value in unet.config.items() if key in known}
 
 
-def rebuilt(unet: Any, config: Mapping[str, Any], source: Callable[[str], str] = lambda name: name) -> Any:
+def rebuilt(
+    unet: Any,
+    config: Mapping[str, Any],
+    source: Callable[[str], str] = lambda name: name,
+    fresh_weights: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Any:
     """A UNet of another config with the weights of a given one; `source` names the old tensor for a new one.
 
-    Blocks that were passed by in the old one are so in the new one. The weights are copies.
+    Blocks that were passed by in the old one are so in the new one. The weights are copies, but for `fresh_weights`.
     """
     from accelerate import init_empty_weights
 
@@ -197,7 +203,8 @@ def rebuilt(unet: Any, config: Mapping[str, Any], source: Callable[[str], str] =
     gone = set(bypassed(unet))
     bypass(fresh, [name for name, _ in fresh.named_modules() if source(name) in gone])
     old = unet.state_dict()
-    fresh.load_state_dict({key: old[source(key)].clone() for key in fresh.state_dict()}, assign=True)
+    weights = {k: fresh_weights[k] if k in fresh_weights else old[source(k)].clone() for k in fresh.state_dict()}
+    fresh.load_state_dict(weights, assign=True)
     for name, parameter in fresh.named_parameters():
         parameter.requires_grad_(unet.get_parameter(source(name)).requires_grad)
     return fresh.train(unet.training)

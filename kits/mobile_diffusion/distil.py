@@ -65,8 +65,8 @@ class DistilStudent(Step):
 class DistilSteps(Step):
     """Train the UNet so that `steps` steps without guidance do what the uncompressed model does in many with it.
 
-    The teacher takes `steps` * `substeps` DDIM steps with a guidance scale of `guidance`, from `trajectories` noises
-    with captions of the training split. The model comes out with a DDIM scheduler ("trailing") and
+    The teacher takes `steps` * `substeps` DDIM steps with a guidance scale of `guidance` (0: its own), from
+    `trajectories` noises with captions of the training split. The model comes out with a "trailing" DDIM scheduler and
     `Sampling(steps, 1.0)`: one forward a step. `steps` must divide the schedule's number of timesteps.
     """
 
@@ -74,7 +74,7 @@ class DistilSteps(Step):
     lr: float
     steps: int = 4
     substeps: int = 6
-    guidance: float = 4.0
+    guidance: float = 0.0
     trajectories: int = 8192
     batch_size: int = 64
     ema: float = 0.999
@@ -84,7 +84,7 @@ class DistilSteps(Step):
             self,
             ("steps", self.steps >= 1, "1 or more"),
             ("substeps", self.substeps >= 1, "1 or more"),
-            ("guidance", self.guidance >= 1, "1 or more"),
+            ("guidance", self.guidance == 0 or self.guidance >= 1, "1 or more, or 0 for the original's own"),
             ("trajectories", self.trajectories >= self.batch_size, "batch_size or more"),
         )
 
@@ -222,7 +222,8 @@ def trajectory(model: Diffusion, noise: Tensor, ids: Tensor, steps: int, substep
     state, states = noise, [noise]
     for index, time in enumerate(times):
         both = torch.cat([state, state]) if guidance != 1 else state
-        found = model.predict(both, torch.full((len(both),), time, device=noise.device), text)
+        with low_precision(noise):
+            found = model.predict(both, torch.full((len(both),), time, device=noise.device), text).float()
         if guidance != 1:
             without, given = found.chunk(2)
             found = without + guidance * (given - without)
@@ -238,7 +239,8 @@ def distil_steps(model: nn.Module, step: DistilSteps, context: Context) -> Outco
     """Train the model's UNet on the original's guided paths, and give it the scheduler that takes few steps."""
     model, teacher = diffusion(model, step), diffusion(context.original, step).eval()
     few_steps(model, step.steps)
-    states, ids = _paths(teacher, step, context)
+    guidance = step.guidance or teacher.sampling.guidance
+    states, ids = _paths(teacher, step, guidance, context)
     times = torch.tensor(trailing(model.scheduler.config.num_train_timesteps, step.steps))
     levels = alphas(model.scheduler, times.tolist())
     scale, shift = (c.float() for c in coefficients(model.scheduler.config.prediction_type, levels[:-1], levels[1:]))
@@ -269,7 +271,7 @@ def distil_steps(model: nn.Module, step: DistilSteps, context: Context) -> Outco
     history = _fit(model, batches, loss, step, context, len(pairs) // step.batch_size, "few steps")
     after = _path_error(model, states[:, held], ids[held], step)
     what = (
-        f"{step.steps} steps without guidance after {step.steps * step.substeps} with {step.guidance:g}: "
+        f"{step.steps} steps without guidance after {step.steps * step.substeps} with {guidance:g}: "
         f"error of the denoised latents of new noises {before:.4f} -> {after:.4f}"
     )
     numbers = {"error": [before, after], "loss": [history[0]["loss"], history[-1]["loss"]]}
@@ -298,7 +300,7 @@ def _path_error(model: Diffusion, states: Tensor, ids: Tensor, step: DistilSteps
     return relative_error([found[-1]], [states[-1].float()])
 
 
-def _paths(teacher: Diffusion, step: DistilSteps, context: Context) -> tuple[Tensor, Tensor]:
+def _paths(teacher: Diffusion, step: DistilSteps, guidance: float, context: Context) -> tuple[Tensor, Tensor]:
     """The states (steps + 1, N, C, h, w) in FP16 and token ids (N, L) of the teacher's paths, a file for each batch."""
     folder = context.folder / "trajectories" if context.folder is not None else None
     if folder is not None:
@@ -316,7 +318,7 @@ def _paths(teacher: Diffusion, step: DistilSteps, context: Context) -> tuple[Ten
             else:
                 generator = torch.Generator().manual_seed(context.seed * 1_000_003 + index)
                 noise = torch.randn((len(ids), *shape), generator=generator)
-                states = trajectory(teacher, noise, ids, step.steps, step.substeps, step.guidance).half()
+                states = trajectory(teacher, noise, ids, step.steps, step.substeps, guidance).half()
                 parts.append((states, ids))
                 if file is not None:
                     with replaced(file) as fresh:

@@ -213,6 +213,7 @@ def check_steps(model: Diffusion, steps: int) -> int:
     trained = int(model.scheduler.config.num_train_timesteps)
     if not 1 <= steps <= trained:
         raise InputError(f"steps {steps}: expected 1 to {trained}, the steps the model was trained with")
+    model.sampling.check(steps)
     scheduler = _fresh(model)
     try:
         scheduler.set_timesteps(steps)

@@ -11,61 +11,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.compress import compress
 from core.evaluation.measure import device
 from core.figures import Figure, Figures, Measured
 from core.kit import Graph, InputError, Kit, Recipe
 from kits.mobile_diffusion import predict as drawing
+from kits.mobile_diffusion import shipped
 from kits.mobile_diffusion.acceptance import GATES, align, pictures
 from kits.mobile_diffusion.batches import Batches
 from kits.mobile_diffusion.comparison import compare, evaluate, judged, side_by_side
 from kits.mobile_diffusion.data.default import samples
 from kits.mobile_diffusion.generate import generate
 from kits.mobile_diffusion.model.pipeline import Diffusion, load_diffusion
-from kits.mobile_diffusion.recipes import DEFAULT, RECIPES
+from kits.mobile_diffusion.recipes import DEFAULT, READY, RECIPES
 
 LARGE = 50_000_000
 """Parameters of a UNet from which a picture takes minutes here, so that only a few prompts are drawn."""
 LARGE_PROMPTS = {"smoke": 1, "full": 4}
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 class MobileDiffusion:
-    """A text-to-image model for a phone, packed.
+    """A text-to-image model for a phone: packed, and where it was distilled, with fewer blocks and steps.
 
-    It becomes `KIT`, and `fitkit list` shows it, when trained weights ship in `weights/default`.
+    Its default recipe takes the student that ships for the model that ships; any other model is packed.
     """
 
     name = "mobile_diffusion"
     title = "Mobile diffusion: INT4 Stable Diffusion, convolutions included"
     recipes: Mapping[str, Recipe] = RECIPES
-    default_recipe = DEFAULT
     default_target = "snapdragon-8-gen-2"
     headline = "alignment"
     rate_hz = 1.0
     gates = GATES
     runtimes: tuple[str, ...] = ("torch",)
 
-    def __init__(self, original: Diffusion | None = None) -> None:
+    def __init__(self, original: Diffusion | None = None, default_recipe: str | None = None) -> None:
         self._original = original
+        self.default_recipe = default_recipe or (READY if shipped.is_there() else DEFAULT)
         self._batches: Batches | None = None
 
     def of(self, model: nn.Module) -> Kit:
         """The kit with batches, graphs and comparisons of this model."""
-        return MobileDiffusion(_diffusion(model))
+        chosen = READY if shipped.is_there() and shipped.is_default(model) else DEFAULT
+        return MobileDiffusion(_diffusion(model), chosen)
 
     def model(self, weights: Path | None = None) -> nn.Module:
         """The shipped model, that of a diffusers folder (packed or not), or of what `train` left."""
-        folder = weights or WEIGHTS / "default"
+        folder = weights or shipped.DEFAULT
         if (folder / "model" / "model_index.json").is_file():
             folder = folder / "model"
         return load_diffusion(folder)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        """The model as trained, and packed by the default recipe's last step alone."""
-        original = self._model
-        packed, _ = compress(original, RECIPES["int4"], self.of(original), preset="smoke")
-        return {"fp32": original, "int4": packed}, {}
+        """The model as trained, and the packed student of it."""
+        return {"fp32": self._model, "int4": load_diffusion(shipped.WHOLE)}, {}
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Any]:
         """Captioned pictures to train on, prompts with seeds to choose by and to report."""

@@ -24,7 +24,7 @@ from kits.mobile_diffusion.data.captions import calibration_prompts
 from kits.mobile_diffusion.data.default import samples
 from kits.mobile_diffusion.generate import generate
 from kits.mobile_diffusion.legs import Look, Ramps, train_legs
-from kits.mobile_diffusion.model.default import make_default, make_vae
+from kits.mobile_diffusion.model.default import SAMPLING, make_default, make_vae
 from kits.mobile_diffusion.model.pipeline import Diffusion, save_diffusion
 
 Source = Callable[[int, int], tuple[NDArray[np.uint8], list[str]]]
@@ -39,9 +39,10 @@ CHROMA = 2.5
 """Weight of colour beside brightness: a tenth of the pictures' variance, and what tells most things apart."""
 KL = 2e-5
 """Weight of the mean divergence of a latent from N(0, 1): enough for smooth latents, far from blurred pictures."""
+BLURRED = 0.3
+"""Largest noise, in standard deviations of the latents, that the decoder learns to see through: a UNet leaves some."""
 DROPPED = 0.1
 """Share of captions that are left out, so that the UNet knows a prediction without a prompt for guidance."""
-GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ _UNET = Ramps(epochs=70, batch_size=64, lr=6e-4, weight_decay=0.01, ema=0.999, c
 
 PLANS = {
     "full": Plan(
-        vae=(_VAE, replace(_VAE, epochs=40, lr=4e-4, up=20, down=1600, seed=11)),
+        vae=(
+            _VAE,
+            replace(_VAE, epochs=40, lr=4e-4, up=20, down=1600, seed=11),
+            replace(_VAE, epochs=48, batch_size=16, lr=8e-4, down=2400, seed=13),
+        ),
         decoder=(replace(_VAE, epochs=40, lr=6e-4, up=20, down=1600, seed=12),),
         vae_steps=50,
         unet=(_UNET, replace(_UNET, epochs=14, up=20, down=1400, ema=0.998, seed=3)),
@@ -142,7 +147,7 @@ def train_decoder(vae: Any, source: Source, plan: Plan, folder: Path, resume: bo
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
     batches, look = _pictures(source, plan, folder)
-    train_legs(vae, plan.decoder, plan.vae_steps, folder / "decoder", batches, reconstruction_loss, look, resume)
+    train_legs(vae, plan.decoder, plan.vae_steps, folder / "decoder", batches, decoding_loss, look, resume)
     vae.requires_grad_(True)
 
 
@@ -152,14 +157,29 @@ def to_pixels(images: NDArray[np.uint8]) -> Tensor:
 
 
 def reconstruction_loss(vae: Any, pixels: Tensor) -> Tensor:
-    """Absolute error of pixels and of their edges, and a little KL, for pixels (N, 3, H, W) in -1..1."""
+    """Error of what comes back (see `picture_loss`) and a little KL, for pixels (N, 3, H, W) in -1..1."""
     with low_precision(pixels):
         seen = vae.encode(pixels).latent_dist
         drawn = vae.decode(seen.sample()).sample
-    error = coloured(drawn.float() - pixels)
     divergence = 0.5 * (seen.mean.float().square() + seen.logvar.float().exp() - 1.0 - seen.logvar.float()).mean()
+    return picture_loss(drawn, pixels) + KL * divergence
+
+
+def decoding_loss(vae: Any, pixels: Tensor) -> Tensor:
+    """Error of what the decoder makes of latents with up to BLURRED noise, for pixels (N, 3, H, W) in -1..1."""
+    with low_precision(pixels):
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mean
+        noise = BLURRED * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * torch.randn_like(latents)
+        drawn = vae.decode(latents + noise).sample
+    return picture_loss(drawn, pixels)
+
+
+def picture_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
+    """Absolute and squared error of pixels (N, 3, H, W) in -1..1 and absolute error of their edges."""
+    error = coloured(drawn.float() - pixels)
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + SQUARED * error.square().mean() + EDGES * edges + KL * divergence
+    return error.abs().mean() + SQUARED * error.square().mean() + EDGES * edges
 
 
 def coloured(pixels: Tensor) -> Tensor:
@@ -323,7 +343,8 @@ def show(model: Any, vae: Any, path: Path, number: int = 64) -> None:
 
     whole = Diffusion(model.text_encoder, model.unet, vae, model.tokenizer, model.scheduler)
     prompts = calibration_prompts()[:number]
-    pictures = generate(whole, prompts, seeds=range(number), steps=20, guidance=GUIDANCE, batch=32, watch=False)
+    guidance = SAMPLING.guidance
+    pictures = generate(whole, prompts, seeds=range(number), steps=20, guidance=guidance, batch=32, watch=False)
     rows = np.stack(pictures).reshape(number // 16, 16, *pictures[0].shape).transpose(0, 2, 1, 3, 4)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rows.reshape(-1, 16 * pictures[0].shape[1], 3)).save(path)

@@ -33,7 +33,7 @@ from tests.core.toy import KIT, TWO_GRAPHS, ToyKit
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = {"peak": 120.0, "before": 100.0}
 TIMED = {"fps", "end_to_end_p50", "end_to_end_p99", "latency_p50", "latency_p99", "speedup_slow"}
-STAGES = ("steps", "export", "scores", "timing", "compare", "report")
+STAGES = ("steps", "export", "scores", "timing", "compare", "ledger", "report")
 
 
 class WithBaseline(ToyKit):

@@ -16,7 +16,8 @@ SIZE = 64
 KINDS = ("single", "two", "count", "relation", "background", "size")
 RELATIONS = ("left of", "right of", "above", "below")
 # Radii in pixels. Half a step of AE blur or noise must not turn one size into the next, hence the gaps between them.
-RADII = {"small": (6.0, 6.5), "": (8.5, 9.0, 9.5), "large": (11.5, 12.0, 12.5, 13.0)}
+RADII = {"small": (6.5,), "": (9.5,), "large": (13.0,)}
+LATTICE = 4  # pixels: things stand on multiples of it, so that a model of 8x8 latents meets each thing in four places
 GAP = 3  # pixels between two things' boxes, so that a blurred pair does not melt into one
 MARGIN = 1  # pixels between a thing's box and the picture's edge
 _SALT = "fitkit scenes 1"
@@ -229,7 +230,7 @@ def _scattered(rng: np.random.Generator, boxes: list[tuple[float, float]]) -> li
     for u, v in draws:
         w, h = boxes[len(centres)]
         left, top = int(np.ceil(w)) + MARGIN, int(np.ceil(h)) + MARGIN
-        x, y = left + int(u * (SIZE - 2 * left + 1)), top + int(v * (SIZE - 2 * top + 1))
+        x, y = _on_lattice(left, SIZE - left, u), _on_lattice(top, SIZE - top, v)
         if all(max(abs(x - a) - w - c, abs(y - b) - h - d) >= GAP for (a, b), (c, d) in zip(centres, boxes)):
             centres.append((x, y))
             if len(centres) == len(boxes):
@@ -241,22 +242,37 @@ def _related(rng: np.random.Generator, relation: str, boxes: list[tuple[float, f
     """Centres of two boxes of which the first is left of, right of, above or below the second; [] without room."""
     axis = 0 if relation in ("left of", "right of") else 1
     first, second = boxes if relation in ("left of", "above") else boxes[::-1]
-    u, v, w = rng.random(3).tolist()
+    u, v, w, t = rng.random(4).tolist()
     need = max(int(np.ceil(first[axis] + second[axis])) + GAP, 20)
     low, high = int(np.ceil(first[axis])) + MARGIN, SIZE - int(np.ceil(second[axis])) - MARGIN
-    if high - low < need:
+    span = _down(high) - _up(low)
+    if span < _up(need):
         return []
-    apart = need + int(u * (min(high - low, 40) - need + 1))
-    start = low + int(v * (high - low - apart + 1))
+    apart = _on_lattice(need, min(span, 40), u)
+    start = _on_lattice(low, high - apart, v)
     # Across the axis both stay near one line: a diagonal neighbour would be left of and above at once.
     across = 1 - axis
     reach = max(int(np.ceil(max(first[across], second[across]))) + MARGIN, 0)
-    middle = reach + int(w * (SIZE - 2 * reach + 1))
+    middle = _on_lattice(reach, SIZE - reach, w)
     slack = apart // 3
-    other = int(np.clip(middle + int((2 * rng.random() - 1) * slack), reach, SIZE - reach))
+    other = _on_lattice(max(reach, middle - slack), min(SIZE - reach, middle + slack), t)
     pair = [(start, middle), (start + apart, other)]
     pair = pair if axis == 0 else [(b, a) for a, b in pair]
     return pair if relation in ("left of", "above") else pair[::-1]
+
+
+def _up(low: int) -> int:
+    return -(-low // LATTICE) * LATTICE
+
+
+def _down(high: int) -> int:
+    return high // LATTICE * LATTICE
+
+
+def _on_lattice(low: int, high: int, u: float) -> int:
+    """A multiple of LATTICE in low..high for u in 0..1; there must be one."""
+    first = _up(low)
+    return first + LATTICE * int(u * ((_down(high) - first) // LATTICE + 1))
 
 
 def _caption(rng: np.random.Generator, plan: _Plan) -> str:

@@ -10,13 +10,14 @@ from torch import nn
 
 from kits.mobile_diffusion.data.scenes import SIZE
 from kits.mobile_diffusion.data.tokenizer import MAX_LENGTH, make_tokenizer
-from kits.mobile_diffusion.model.pipeline import Diffusion
+from kits.mobile_diffusion.model.pipeline import Diffusion, Sampling
 
 LATENT_CHANNELS = 8
 LATENT_SIZE = SIZE // 8
 TEXT_WIDTH = 192
 TRAIN_STEPS = 1000
 """Noise levels of the schedule."""
+SAMPLING = Sampling(25, 3.0)
 
 # No attention in the middle: the autoencoder stays local, so that pictures of any size go through in tiles.
 # Thin at full resolution, where nearly all of the time goes.
@@ -111,4 +112,5 @@ def make_default(folder: Path, seed: int = 0) -> Diffusion:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Diffusion(CLIPTextModel(text), UNet2DConditionModel(**UNET), make_vae(), tokenizer, make_scheduler())
+    parts = CLIPTextModel(text), UNet2DConditionModel(**UNET), make_vae()
+    return Diffusion(*parts, tokenizer, make_scheduler(), SAMPLING)

@@ -32,10 +32,22 @@ _ONLY = "expected Stable Diffusion 1.x or 2.x (SD-1.4, 1.5, 2.1, BK-SDM, LCM, Tu
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many steps a model is sampled with, and with which guidance scale (1: without, one forward a step)."""
+    """How many steps a model is sampled with, and with which guidance scale (1: without, one forward a step).
+
+    A model whose time embeddings were precomputed (`times.FixTimes`) is `fixed`: it knows no other number of steps.
+    """
 
     steps: int = 25
     guidance: float = 7.5
+    fixed: bool = False
+
+    def check(self, steps: int) -> None:
+        """InputError where a model cannot take so many steps."""
+        if self.fixed and steps != self.steps:
+            raise InputError(
+                f"steps: {steps}, but this model's time embeddings were precomputed for {self.steps} steps; "
+                f"use --steps {self.steps}, or a model compressed without FixTimes"
+            )
 
 
 class Diffusion(nn.Module):
@@ -300,7 +312,10 @@ def _sampling(folder: Path) -> Sampling:
         raise InputError(f"{path}: steps is {steps!r}, expected a whole number from 1")
     if not isinstance(guidance, (int, float)) or isinstance(guidance, bool) or not 0 <= guidance < 100:
         raise InputError(f"{path}: guidance is {guidance!r}, expected a number from 0 to 100")
-    return Sampling(steps, float(guidance))
+    fixed = data.get("fixed", False)
+    if not isinstance(fixed, bool):
+        raise InputError(f"{path}: fixed is {fixed!r}, expected true or false")
+    return Sampling(steps, float(guidance), fixed)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,0 +1,109 @@
+"""What ships with the kit: the default model, the student that recipe `whole` made of it, and their card.
+
+`python -m kits.mobile_diffusion.shipped TRAINED RUN` takes both from a training (`fitkit train mobile_diffusion --out
+TRAINED`) and a run (`fitkit run mobile_diffusion --recipe whole --weights TRAINED --out RUN`) into `weights/`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.compress import Outcome, file_hash, handles
+from core.files import read_object, write_text
+from core.kit import Context, InputError, Step
+from core.weights import state_hash
+from kits.mobile_diffusion.model.pipeline import load_diffusion
+
+WEIGHTS = Path(__file__).parent / "weights"
+DEFAULT, WHOLE = WEIGHTS / "default", WEIGHTS / "whole"
+CARD = WEIGHTS / "card.json"
+MOST = 25_000_000
+"""Bytes of all that ships."""
+RECIPE = "whole"
+
+
+@dataclass(frozen=True)
+class TakeShipped(Step):
+    """Take the packed student that ships with the kit, in the place of the training that made it.
+
+    For the shipped default model alone. The student is loaded as it is; whatever a report says of it is measured anew.
+    """
+
+
+@handles(TakeShipped, lambda model, step, structure: load_diffusion(WHOLE))
+def take_shipped(model: nn.Module, step: TakeShipped, context: Context) -> Outcome:
+    """The student, with what the steps of its recipe said when they made it."""
+    if not is_default(context.original):
+        raise InputError(
+            "TakeShipped: the student that ships is of the default model, and this is another; use --recipe int4, or "
+            f"--recipe {RECIPE} to make its own student"
+        )
+    changed: list[dict[str, Any]] = [
+        {"layer": row["layer"], "what": f"{entry['step']}, when the student was made: {row['what']}"}
+        for entry in _card()["steps"]
+        for row in entry["changed"]
+    ]
+    return Outcome(load_diffusion(WHOLE), changed)
+
+
+def is_there() -> bool:
+    """Whether a student ships beside the default model."""
+    return CARD.is_file()
+
+
+def is_default(model: nn.Module) -> bool:
+    """Whether a model is the default one that ships, weight for weight."""
+    card = _card()
+    # counted first: to hash a full-size model takes long
+    return sum(p.numel() for p in model.parameters()) == card["parameters"] and state_hash(model) == card["original"]
+
+
+def _card() -> dict[str, Any]:
+    return read_object(CARD, "install the kit anew")
+
+
+def ship(trained: Path, run: Path, weights: Path = WEIGHTS) -> None:
+    """Copy model and student into `weights` and write both cards; InputError where they do not belong together."""
+    report = read_object(run / "report.json", f"run the recipe {RECIPE!r} to its end")
+    if report["recipe"]["name"] != RECIPE:
+        raise InputError(f"{run / 'report.json'}: recipe {report['recipe']['name']!r}, expected {RECIPE!r}")
+    source, student = trained / "model", run / "artifact" / "int4"
+    model = load_diffusion(source)
+    original = state_hash(model)
+    for step in sorted((run / "steps").glob("*/step.json")):
+        if read_object(step, "run again")["origin"]["model"] != original:
+            raise InputError(f"{step}: began from another model than that of {source}")
+    for place, found in ((weights / "default", source), (weights / "whole", student)):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(found, place)
+    files = sorted(p for part in ("default", "whole") for p in (weights / part).rglob("*") if p.is_file())
+    if (total := sum(p.stat().st_size for p in files)) > MOST:
+        raise InputError(f"{weights}: {total:,} bytes, at most {MOST:,} may ship")
+    card = {
+        "original": original,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": [{"step": e["step"]["step"], "changed": _told(e["changed"])} for e in report["trace"]],
+        "sha256": {str(p.relative_to(weights)): file_hash(p) for p in files if p.suffix == ".safetensors"},
+    }
+    write_text(weights / "card.json", json.dumps(card, indent=1) + "\n")
+
+
+def _told(changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a step said of the model as a whole: not a line for each packed layer."""
+    return [{"layer": row["layer"], "what": row["what"]} for row in changed if "weight_sqnr" not in row]
+
+
+if __name__ == "__main__":
+    try:
+        ship(Path(sys.argv[1]), Path(sys.argv[2]))
+    except IndexError:
+        sys.exit("usage: python -m kits.mobile_diffusion.shipped TRAINED RUN")
+    except InputError as error:
+        sys.exit(str(error))
