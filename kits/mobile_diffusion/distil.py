@@ -222,8 +222,7 @@ def trajectory(model: Diffusion, noise: Tensor, ids: Tensor, steps: int, substep
     state, states = noise, [noise]
     for index, time in enumerate(times):
         both = torch.cat([state, state]) if guidance != 1 else state
-        with low_precision(noise):
-            found = model.predict(both, torch.full((len(both),), time, device=noise.device), text).float()
+        found = model.predict(both, torch.full((len(both),), time, device=noise.device), text).float()
         if guidance != 1:
             without, given = found.chunk(2)
             found = without + guidance * (given - without)
@@ -303,14 +302,15 @@ def _path_error(model: Diffusion, states: Tensor, ids: Tensor, step: DistilSteps
 def _paths(teacher: Diffusion, step: DistilSteps, guidance: float, context: Context) -> tuple[Tensor, Tensor]:
     """The states (steps + 1, N, C, h, w) in FP16 and token ids (N, L) of the teacher's paths, a file for each batch."""
     folder = context.folder / "trajectories" if context.folder is not None else None
+    number = _number(step, context)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     config = teacher.unet.config
     size = config.sample_size
     shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
     parts: list[tuple[Tensor, Tensor]] = []
-    with progress("the teacher's paths", step.trajectories + step.batch_size) as bar:
-        for index, ids in enumerate(_captions(step, context)):
+    with progress("the teacher's paths", number) as bar:
+        for index, ids in enumerate(_captions(step, context, number)):
             file = folder / f"{index:05d}.safetensors" if folder is not None else None
             if context.resume and file is not None and file.exists():
                 stored = load_file(file)
@@ -318,7 +318,8 @@ def _paths(teacher: Diffusion, step: DistilSteps, guidance: float, context: Cont
             else:
                 generator = torch.Generator().manual_seed(context.seed * 1_000_003 + index)
                 noise = torch.randn((len(ids), *shape), generator=generator)
-                states = trajectory(teacher, noise, ids, step.steps, step.substeps, guidance).half()
+                with low_precision(noise):
+                    states = trajectory(teacher, noise, ids, step.steps, step.substeps, guidance).half()
                 parts.append((states, ids))
                 if file is not None:
                     with replaced(file) as fresh:
@@ -327,10 +328,16 @@ def _paths(teacher: Diffusion, step: DistilSteps, guidance: float, context: Cont
     return torch.cat([states for states, _ in parts], dim=1), torch.cat([ids for _, ids in parts])
 
 
-def _captions(step: DistilSteps, context: Context) -> Iterator[Tensor]:
-    """Token ids (N, L) of the training split, again from the start where it is shorter than asked."""
+def _number(step: DistilSteps, context: Context) -> int:
+    """Paths to compute: a batch for the trace's figures, and those to train on, of which a short trial takes few."""
+    return step.batch_size + (
+        min(step.trajectories, 4 * step.batch_size) if context.preset == "smoke" else step.trajectories
+    )
+
+
+def _captions(step: DistilSteps, context: Context, left: int) -> Iterator[Tensor]:
+    """Token ids (N, L) of `left` captions of the training split, again from the start where it is shorter."""
     samples = context.kit.dataset(context.data, "train", context.preset)
-    left = step.trajectories + step.batch_size
     while left:
         for batch in context.kit.batches(samples, step.batch_size, train=False, seed=context.seed):
             ids = batch["token_ids"][:left]

@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import cv2
@@ -145,12 +147,12 @@ def predict(
     prepare(model, plan.way)
     with _loras(model, options.lora) as layers:
         out.mkdir(parents=True, exist_ok=True)
-        pictures, seconds = _draw(model, job, plan.way, "drawing")
+        pictures, seconds, step_seconds = _draw(model, job, plan.way, "drawing")
     records = _write_pictures(out, job, pictures, seconds)
     summary: dict[str, Any] = {
         "steps": job.steps, "guidance": job.guidance, "size": [pixels[1], pixels[0]], "batch": batch,
         "loras": [{"file": str(p), "layers": n} for p, n in zip(options.lora, layers)],
-        "memory": _memory(plan, limit), "warnings": job.notes, "pictures": records,
+        "step_seconds": step_seconds, "memory": _memory(plan, limit), "warnings": job.notes, "pictures": records,
     }  # fmt: skip
     if options.original is not None:
         del model
@@ -181,11 +183,17 @@ def _loras(model: Diffusion, paths: Sequence[Path]) -> Iterator[list[int]]:
         pipeline.unload_lora_weights()
 
 
-def _draw(model: Diffusion, job: _Job, way: Way, label: str) -> tuple[list[np.ndarray], float]:
-    """Pictures and the seconds that all of them took."""
+def _draw(model: Diffusion, job: _Job, way: Way, label: str) -> tuple[list[np.ndarray], float, float | None]:
+    """Pictures, the seconds that all of them took, and those from a step of a batch to the next (None: one step)."""
     started = time.perf_counter()
+    ended: list[tuple[int, float]] = []
     with progress(label, bar_steps(model, len(job.prompts), job.steps, job.batch)) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the notes are in the results
+
+        def on_step(step: int, _: int) -> None:
+            ended.append((step, time.perf_counter()))
+            bar.advance(f"step {step}")
+
         pictures = generate(
             model,
             job.prompts,
@@ -195,9 +203,10 @@ def _draw(model: Diffusion, job: _Job, way: Way, label: str) -> tuple[list[np.nd
             size=job.size,
             batch=job.batch,
             way=way,
-            on_step=lambda step, _: bar.advance(f"step {step}"),
+            on_step=on_step,
         )
-    return pictures, time.perf_counter() - started
+    between = [then - before for (_, before), (step, then) in pairwise(ended) if step > 1]
+    return pictures, time.perf_counter() - started, round(median(between), 4) if between else None
 
 
 def _of_original(folder: Path, job: _Job, limit: int | None) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """What ships with the kit: the default model, the student that recipe `whole` made of it, and their card.
 
 `python -m kits.mobile_diffusion.shipped TRAINED RUN` takes both from a training (`fitkit train mobile_diffusion --out
-TRAINED`) and a run (`fitkit run mobile_diffusion --recipe whole --weights TRAINED --out RUN`) into `weights/`.
+TRAINED`) and a run (`fitkit run mobile_diffusion --recipe whole --weights TRAINED --out RUN`) into `weights/`. A third
+argument says in a sentence what else is to be known of how they came about.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 from torch import nn
 
 from core.compress import Outcome, file_hash, handles
+from core.figures import today
 from core.files import read_object, write_text
 from core.kit import Context, InputError, Step
 from core.weights import state_hash
-from kits.mobile_diffusion.model.pipeline import load_diffusion
+from kits.mobile_diffusion.model.pipeline import PARTS, load_diffusion
 
 WEIGHTS = Path(__file__).parent / "weights"
 DEFAULT, WHOLE = WEIGHTS / "default", WEIGHTS / "whole"
@@ -69,7 +71,7 @@ def _card() -> dict[str, Any]:
     return read_object(CARD, "install the kit anew")
 
 
-def ship(trained: Path, run: Path, weights: Path = WEIGHTS) -> None:
+def ship(trained: Path, run: Path, weights: Path = WEIGHTS, note: str = "") -> None:
     """Copy model and student into `weights` and write both cards; InputError where they do not belong together."""
     report = read_object(run / "report.json", f"run the recipe {RECIPE!r} to its end")
     if report["recipe"]["name"] != RECIPE:
@@ -93,16 +95,51 @@ def ship(trained: Path, run: Path, weights: Path = WEIGHTS) -> None:
         "sha256": {str(p.relative_to(weights)): file_hash(p) for p in files if p.suffix == ".safetensors"},
     }
     write_text(weights / "card.json", json.dumps(card, indent=1) + "\n")
+    write_text(weights / "README.md", _text(report, {n: getattr(model, n) for n in PARTS}, total, note))
 
 
 def _told(changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a step said of the model as a whole: not a line for each packed layer."""
-    return [{"layer": row["layer"], "what": row["what"]} for row in changed if "weight_sqnr" not in row]
+    """What a step said of the model as a whole, and the number of layers that it packed."""
+    told = [{"layer": row["layer"], "what": row["what"]} for row in changed if "weight_sqnr" not in row]
+    if packed := len(changed) - len(told):
+        told.append({"layer": "(model)", "what": f"{packed} layers packed"})
+    return told
+
+
+def _text(report: dict[str, Any], parts: dict[str, nn.Module], total: int, note: str) -> str:
+    """The model card for people, its figures from the run's report."""
+    values: dict[str, dict[str, float]] = {}
+    for figure in report["figures"]:
+        if figure["name"].startswith("alignment"):
+            values.setdefault(figure["name"], {})[figure["stage"]] = figure["value"]
+    rows = [
+        f"| {name.replace('alignment_', '').replace('_', ', ')} | "
+        + " | ".join(f"{stages[s]:.1f}" if s in stages else "-" for s in ("original", "compressed"))
+        + " |"
+        for name, stages in values.items()
+    ]
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
+    return "\n".join([
+        "# Model card: weights of mobile_diffusion", "",
+        "`default/`: a text-to-image model of diffusers' Stable Diffusion classes for 64x64 pictures, FP16 (parameters:"
+        f" {sizes}). `whole/`: what recipe `{RECIPE}` made of it, packed. {total / 1e6:.1f} MB in all.", "",
+        "- **Data**: scenes that the kit draws itself (`data/scenes.py`), 1 to 4 coloured shapes on seven grounds, with"
+        " captions in a language of some fifty words. No picture or text from elsewhere.",
+        "- **Held out**: one composition of five (looks alone, by count, by size, on a ground; pairs; relations) is"
+        " never trained on; the 600 prompts of `data/prompts/evaluation.txt` ask for such compositions alone.",
+        "- **Commands**: `fitkit train mobile_diffusion --out TRAINED`, then `fitkit run mobile_diffusion --recipe"
+        f" {RECIPE} --weights TRAINED --out RUN`, then `python -m kits.mobile_diffusion.shipped TRAINED RUN`.",
+        f"- **Of these weights**: {note}" if note else "",
+        "", f"Alignment in % ({today()}, decided by image processing, see `alignment.py`), original and student:", "",
+        "| demand | default | whole |", "| --- | --- | --- |", *rows, "",
+        "Limits: knows its own language of scenes and nothing else; other words are cut into pieces that it never saw."
+        " The pictures are 64x64. Licence: that of the project.", "",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
     try:
-        ship(Path(sys.argv[1]), Path(sys.argv[2]))
+        ship(Path(sys.argv[1]), Path(sys.argv[2]), note=" ".join(sys.argv[3:]))
     except IndexError:
         sys.exit("usage: python -m kits.mobile_diffusion.shipped TRAINED RUN")
     except InputError as error:

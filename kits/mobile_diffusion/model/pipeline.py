@@ -46,7 +46,7 @@ class Sampling:
         if self.fixed and steps != self.steps:
             raise InputError(
                 f"steps: {steps}, but this model's time embeddings were precomputed for {self.steps} steps; "
-                f"use --steps {self.steps}, or a model compressed without FixTimes"
+                f"use --steps {self.steps}, or a variant without such a table"
             )
 
 
