@@ -22,7 +22,7 @@ SECONDS = 4.0
 
 def shipped_artifact(kit: Kit) -> Artifact:
     """Export a kit's shipped models on first use, choose the fastest variant here, and open the artifact."""
-    weights = sorted((Path(inspect.getfile(type(kit))).parent / "weights").glob("*"))
+    weights = sorted((Path(inspect.getfile(type(kit))).parent / "weights").rglob("*"))
     versions = f"ort{onnx.version()}-ov{openvino.version()}"  # another runtime may run, and choose, differently
     place = cache_folder(
         f"{kit.name}-artifact-{versions}", [p for p in weights if p.suffix in (".safetensors", ".json")]

@@ -31,6 +31,7 @@ from core.quantization.packed import empty_packed, packed_layers
 
 METHOD = "fitkit"
 PACKED, SCALE = "weight_packed", "weight_scale"
+_BUFFERS = (f".{PACKED}", f".{SCALE}", ".low_rank_a", ".low_rank_b")
 # What diffusers, and torchao through it, say on import about a format that is not used here.
 _NOISE = {
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
@@ -82,8 +83,8 @@ def _look_first(pipelines: ModuleType) -> None:
 def quantization_config(layers: Mapping[str, Mapping[str, int]], removed: Sequence[str] = ()) -> dict[str, Any]:
     """The "quantization_config" of a component's config.json.
 
-    `layers` is {name: {"bits", "group_size"}} of the packed layers, `removed` names the blocks taken out of
-    the architecture (see `core.pruning.bypass`).
+    `layers` is {name: {"bits", "group_size"}} of the packed layers, with "rank" for those that carry a low-rank term;
+    `removed` names the blocks taken out of the architecture (see `core.pruning.bypass`).
     """
     config: dict[str, Any] = {"quant_method": METHOD, "layers": {name: dict(record) for name, record in layers.items()}}
     return {**config, "removed": list(removed)} if removed else config
@@ -115,7 +116,7 @@ def save_packed(
 @contextmanager
 def _as_stored(model: Any) -> Iterator[None]:
     """Within it `save_pretrained` of a diffusers or transformers model writes its packed form."""
-    layers = {n: {"bits": m.bits, "group_size": m.group_size} for n, m in packed_layers(model).items()}
+    layers = {name: layer.layout for name, layer in packed_layers(model).items()}
     if adapted := [name for name, _ in model.named_modules() if name.endswith(".base_layer")]:
         raise InputError(f"layer {adapted[0]}: a LoRA is loaded on it; call unload_lora_weights() before saving")
     of_diffusers = hasattr(model, "register_to_config")
@@ -140,7 +141,7 @@ def _as_stored(model: Any) -> Iterator[None]:
 
 
 def _check_layers(layers: Any, removed: Any) -> None:
-    """Refuse layers that are not {name: {"bits": 2 to 8, "group_size": positive}}, and removed that are no names."""
+    """Refuse layers that are not {name: {"bits": 2 to 8, "group_size" and any "rank": positive}}, and removed no names."""
     if not isinstance(removed, list) or not all(isinstance(name, str) for name in removed):
         raise InputError(f"quantization_config: field 'removed': expected a list of names, found {removed}; {MEND}")
     if not isinstance(layers, dict):
@@ -152,6 +153,9 @@ def _check_layers(layers: Any, removed: Any) -> None:
                 f"quantization_config: layer {name!r}: expected bits of 2 to 8 and a positive group_size, "
                 f"found {record}; {MEND}"
             )
+        rank = record.get("rank", 1)
+        if type(rank) is not int or rank < 1:
+            raise InputError(f"quantization_config: layer {name!r}: rank is {rank!r}, expected 1 or more; {MEND}")
 
 
 def _check_files(files: Sequence[str] | None, layers: Mapping[str, Any]) -> None:
@@ -190,7 +194,8 @@ def _make_room(model: nn.Module, layers: Mapping[str, Mapping[str, int]], remove
         if name not in modules:
             raise InputError(f"quantization_config: layer {name!r} is not in {type(model).__name__}; {MEND}")
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, empty_packed(modules[name], record["bits"], record["group_size"]))
+        rank = record.get("rank", 0)
+        setattr(modules[parent], child, empty_packed(modules[name], record["bits"], record["group_size"], rank))
 
 
 def _check_loaded(model: nn.Module) -> nn.Module:
@@ -246,7 +251,7 @@ def diffusers_classes() -> tuple[Any, Any]:
         def check_if_quantized_param(
             self, model: nn.Module, param_value: Tensor, param_name: str, *rest: Any, **more: Any
         ) -> bool:
-            return param_name.endswith((f".{PACKED}", f".{SCALE}"))
+            return param_name.endswith(_BUFFERS)
 
         def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
             if current.shape != loaded.shape:

@@ -5,7 +5,8 @@ forward makes it, uses it and lets it go, and a backward makes it again, so that
 copy of the model alive. `expand` turns them into plain float layers, the fastest way to run.
 
 Buffers: `weight_packed` uint8 (out, bytes), `weight_scale` float16 (out, groups); see `packing` for the bits. `bias` is
-a parameter or None.
+a parameter or None. A linear layer or convolution may carry a low-rank term, which is part of it: `low_rank_a` float16
+(rank, kernel) and `low_rank_b` float16 (out, rank) add B(A(x)) to its output; without one both are None.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from core.quantization.packing import (
 )
 
 _FLOAT = (nn.Linear, nn.Conv2d, nn.Embedding)
+_HALVES = ("weight_scale", "low_rank_a", "low_rank_b")
 _UNCHANGING = ("requires_grad_", "retain_grad")
 
 
@@ -59,9 +61,13 @@ class _Packed(nn.Module):
     group_size: int
     weight_packed: Tensor
     weight_scale: Tensor
+    low_rank_a: Tensor | None
+    low_rank_b: Tensor | None
     compute_dtype: torch.dtype
 
-    def _hold(self, shape: tuple[int, ...], bits: int, group_size: int, device: Any, dtype: torch.dtype | None) -> None:
+    def _hold(
+        self, shape: tuple[int, ...], bits: int, group_size: int, rank: int, device: Any, dtype: torch.dtype | None
+    ) -> None:
         """Buffers for a kernel of `shape` (out, ...)."""
         check_width(bits, group_size)
         self.bits, self.group_size, self.weight_shape = bits, group_size, torch.Size(shape)
@@ -71,6 +77,10 @@ class _Packed(nn.Module):
         self.register_buffer("weight_packed", torch.zeros(shape[0], row_bytes(length, bits), dtype=torch.uint8, **made))
         scales = torch.zeros(shape[0], group_count(length, group_size), dtype=torch.float16, **made)
         self.register_buffer("weight_scale", scales)
+        self.register_buffer("low_rank_a", None)
+        self.register_buffer("low_rank_b", None)
+        if rank:
+            self.hold_low_rank(rank)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """peft makes an adapter's layers as type(layer)(...): a call without bits gives the float layer."""
@@ -87,12 +97,14 @@ class _Packed(nn.Module):
         """Nothing: the values come from `pack_module` or a file."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves go through; a change of the float type is one of what the layer computes in, not of the scales."""
-        scale = self.weight_scale
+        """Moves go through; a change of the float type is one of what the layer computes in, not of what it holds."""
+        halves = {name: buffer for name in _HALVES if (buffer := getattr(self, name)) is not None}
+        device = self.weight_scale.device
         super()._apply(fn, recurse)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=scale.device)).dtype
-        if self.weight_scale.dtype != torch.float16:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
+        for name, buffer in halves.items():
+            if getattr(self, name).dtype != torch.float16:
+                setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
     def assign_packed(self, packed: Tensor, scale: Tensor) -> None:
@@ -104,6 +116,52 @@ class _Packed(nn.Module):
                     f"{name}: found {value.dtype} {tuple(value.shape)}, expected {held.dtype} {tuple(held.shape)}"
                 )
             setattr(self, name, value)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the low-rank term; 0: there is none."""
+        return 0 if self.low_rank_a is None else len(self.low_rank_a)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What `empty_packed` needs to make the layer again: {"bits", "group_size"}, and "rank" where it has one."""
+        found = {"bits": self.bits, "group_size": self.group_size}
+        return {**found, "rank": self.rank} if self.rank else found
+
+    def hold_low_rank(self, rank: int) -> None:
+        """A low-rank term of zeros, its values to be loaded, in place of any that is there."""
+        if rank < 1:
+            raise InputError(f"rank is {rank}; a low-rank term takes 1 or more")
+        if (why := no_low_rank(self)) is not None:
+            raise InputError(f"{type(self).__name__}: no low-rank term, since {why}")
+        made: dict[str, Any] = {"dtype": torch.float16, "device": self.weight_scale.device}
+        self.low_rank_a = torch.zeros(rank, self.weight_shape[1:].numel(), **made)
+        self.low_rank_b = torch.zeros(self.weight_shape[0], rank, **made)
+
+    def add_low_rank(self, a: Tensor, b: Tensor) -> None:
+        """Add B(A(x)) to the output for good: a (rank, kernel), b (out, rank), kept in FP16 beside any that is there.
+
+        Each component is scaled by a power of two that makes its two halves alike in size, which changes nothing but
+        what FP16 loses of small numbers.
+        """
+        if a.shape[1:] != (self.weight_shape[1:].numel(),) or b.shape != (self.weight_shape[0], len(a)):
+            raise InputError(
+                f"low-rank term: found {tuple(a.shape)} and {tuple(b.shape)}, expected (rank, "
+                f"{self.weight_shape[1:].numel()}) and ({self.weight_shape[0]}, rank)"
+            )
+        before = self.low_rank_a, self.low_rank_b
+        a, b = a.detach().double(), b.detach().double()
+        ratio = b.abs().amax(0) / a.abs().amax(1)
+        usable = ratio.isfinite() & (ratio > 0)
+        factor = torch.where(usable, ratio, 1.0).sqrt().log2().round().exp2()
+        halves = (a * factor[:, None]).half(), (b / factor).half()
+        if not all(bool(half.isfinite().all()) for half in halves):
+            raise InputError("low-rank term: found NaN, Inf or values beyond FP16; train it with a lower lr")
+        self.hold_low_rank(len(a))
+        kept = [old for old in before if old is not None]
+        self.low_rank_a, self.low_rank_b = (
+            (torch.cat([kept[0], halves[0]]), torch.cat([kept[1], halves[1]], 1)) if kept else halves
+        )
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the integers stand for, in the float weight's shape; of `compute_dtype` unless told."""
@@ -117,19 +175,27 @@ class _Packed(nn.Module):
         )
         return rows.view(self.weight_shape)
 
+    def folded(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight of a float layer that does the same: `dequantized()` with the low-rank term added."""
+        a, b, dtype = self.low_rank_a, self.low_rank_b, dtype or self.compute_dtype
+        if a is None or b is None:
+            return self.dequantized(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.dequantized(wide).add_((b.to(wide) @ a.to(wide)).view(self.weight_shape)).to(dtype)
+
     @property
     def weight(self) -> Tensor:
-        """`dequantized()`, to be read only: a change in place raises InputError."""
-        return self.dequantized().as_subclass(_Lent)
+        """`folded()`, to be read only: a change in place raises InputError."""
+        return self.folded().as_subclass(_Lent)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of integers and scales."""
-        return self.weight_packed.nbytes + self.weight_scale.nbytes
+        """Bytes of integers, scales and the low-rank term."""
+        return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
 
     def extra_repr(self) -> str:
-        """As of the float layer, with bits and group size."""
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+        """As of the float layer, with bits, group size and the low-rank term's rank."""
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.layout.items())])
 
     def _lend(self, x: Tensor) -> tuple[Tensor, Any]:
         """The weight in x's type, and the context in which autograd keeps no copy of it."""
@@ -151,6 +217,14 @@ class _Packed(nn.Module):
 
         return weight, torch.autograd.graph.saved_tensors_hooks(keep, again)
 
+    def with_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output y for an input x with the low-rank term added, in place where there is one."""
+        a, b = self.low_rank_a, self.low_rank_b
+        return y if a is None or b is None else y.add_(self._low_rank(x, a.to(x.dtype), b.to(x.dtype)))
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _bias_for(self, x: Tensor) -> Tensor | None:
         bias = self.bias
         return bias.to(x.dtype) if isinstance(bias, Tensor) else None
@@ -167,17 +241,23 @@ class PackedLinear(_Packed, nn.Linear):  # type: ignore[override]  # whose weigh
         *,
         bits: int,
         group_size: int,
+        rank: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, False, device="meta")
         self.bias = _bias(out_features, device, dtype) if bias else None  # type: ignore[assignment]
-        self._hold((out_features, in_features), bits, group_size, device, dtype)
+        self._hold((out_features, in_features), bits, group_size, rank, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, saving = self._lend(x)
         with saving:
-            return F.linear(x, weight, self._bias_for(x))
+            y = F.linear(x, weight, self._bias_for(x))
+        del weight
+        return self.with_low_rank(x, y)
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a), b)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):  # type: ignore[override]
@@ -197,6 +277,7 @@ class PackedConv2d(_Packed, nn.Conv2d):  # type: ignore[override]
         *,
         bits: int,
         group_size: int,
+        rank: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -206,12 +287,18 @@ class PackedConv2d(_Packed, nn.Conv2d):  # type: ignore[override]
             device="meta",
         )  # fmt: skip
         self.bias = _bias(out_channels, device, dtype) if bias else None
-        self._hold((out_channels, in_channels // groups, *self.kernel_size), bits, group_size, device, dtype)
+        self._hold((out_channels, in_channels // groups, *self.kernel_size), bits, group_size, rank, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, saving = self._lend(x)
         with saving:
-            return self._conv_forward(x, weight, self._bias_for(x))
+            y = self._conv_forward(x, weight, self._bias_for(x))
+        del weight
+        return self.with_low_rank(x, y)
+
+    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        inner = self._conv_forward(x, a.view(-1, *self.weight_shape[1:]), None)
+        return F.conv2d(inner, b[:, :, None, None])
 
 
 class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
@@ -227,11 +314,12 @@ class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
         *,
         bits: int,
         group_size: int,
+        rank: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx, device="meta")
-        self._hold((num_embeddings, embedding_dim), bits, group_size, device, dtype)
+        self._hold((num_embeddings, embedding_dim), bits, group_size, rank, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.flatten()
@@ -251,12 +339,18 @@ FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding
 
 
 def empty_packed(
-    module: nn.Module, bits: int, group_size: int, *, device: Any = None, dtype: torch.dtype | None = None
+    module: nn.Module,
+    bits: int,
+    group_size: int,
+    rank: int = 0,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> PackedLayer:
     """A packed layer of the shape of an nn.Linear, nn.Conv2d or nn.Embedding, its values to be loaded.
 
-    `device` and `dtype` (of the bias and of what it computes in) are the module's own unless told; a module on "meta"
-    gives buffers on "meta". Raises InputError for another module.
+    `rank` is that of its low-rank term (0: none). `device` and `dtype` (of the bias and of what it computes in) are the module's own unless told; a module on "meta"
+    gives buffers on "meta". Raises InputError for another module, and for a rank where `no_low_rank` tells why not.
     """
     why = unpackable(module)
     if why is not None:
@@ -265,6 +359,7 @@ def empty_packed(
     made: dict[str, Any] = {
         "bits": bits,
         "group_size": group_size,
+        "rank": rank,
         "device": device or module.weight.device,
         "dtype": dtype or module.weight.dtype,
     }
@@ -324,13 +419,22 @@ def unpackable(module: nn.Module) -> str | None:
     return None
 
 
+def no_low_rank(layer: nn.Module) -> str | None:
+    """Why a packed layer cannot carry a low-rank term, or None."""
+    if isinstance(layer, nn.Embedding):
+        return "it is an embedding"
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return f"it is a convolution in {layer.groups} groups"
+    return None
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     """The packed layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
 
 
 def unpacked(layer: PackedLayer, dtype: torch.dtype | None = None) -> FloatLayer:
-    """The plain float layer of a packed one, of `dtype` or the type that it computes in."""
+    """The plain float layer of a packed one, of `dtype` or the type that it computes in; a low-rank term is folded in."""
     dtype = dtype or layer.compute_dtype
     made: dict[str, Any] = {"device": "meta", "dtype": dtype}
     new: FloatLayer
@@ -343,7 +447,7 @@ def unpacked(layer: PackedLayer, dtype: torch.dtype | None = None) -> FloatLayer
         )  # fmt: skip
     else:
         new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, **made)
-    new.weight = nn.Parameter(layer.dequantized(dtype), requires_grad=False)
+    new.weight = nn.Parameter(layer.folded(dtype), requires_grad=False)
     if layer.bias is not None and not isinstance(new, nn.Embedding):
         new.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
     return new.train(layer.training)

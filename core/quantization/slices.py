@@ -54,7 +54,7 @@ def _sliced(layer: PackedLinear | PackedConv2d, rows: int) -> Callable[[Tensor],
             out.narrow(_axis(layer), first, here.stop - first).copy_(part)
             del part
         assert out is not None
-        return out
+        return layer.with_low_rank(x, out)
 
     return forward
 

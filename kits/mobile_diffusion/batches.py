@@ -42,23 +42,23 @@ class Batches:
         for picked in order.split(batch_size):
             if train and len(picked) < batch_size and len(latents) >= batch_size:
                 return
-            yield self._noisy(latents[picked].float(), ids[picked], draws)
+            yield self._noisy(latents[picked].float(), ids[picked], draws, DROPPED if train else 0.0)
 
-    def _noisy(self, clean: Tensor, ids: Tensor, draws: torch.Generator) -> dict[str, Any]:
-        """A batch with noise levels spread evenly over the schedule."""
+    def _noisy(self, clean: Tensor, ids: Tensor, draws: torch.Generator, dropped: float) -> dict[str, Any]:
+        """A batch with noise levels spread evenly over the schedule, without a share of its captions."""
         n, kept = len(clean), self._model.scheduler.alphas_cumprod
         timesteps = ((torch.arange(n) + torch.rand(n, generator=draws)) * len(kept) / n).long()
         signal = kept[timesteps][:, None, None, None]
         noise = torch.randn(clean.shape, generator=draws)
         latents = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        dropped = torch.rand(n, 1, generator=draws) < DROPPED
+        unsaid = torch.rand(n, 1, generator=draws) < dropped
         return {
             "latents": latents,
             "clean": clean,
             "noise": noise,
             "target": target(self._model.scheduler, clean, noise, signal),
             "timesteps": timesteps,
-            "token_ids": torch.where(dropped, self._empty, ids),
+            "token_ids": torch.where(unsaid, self._empty, ids),
         }
 
     @torch.no_grad()

@@ -26,6 +26,10 @@ from kits.mobile_diffusion.model.pipeline import Diffusion
 
 Batches = Sequence[Mapping[str, Tensor]]
 PATTERNS = ("base", "small", "tiny")
+LARGE = 50_000_000
+"""Parameters of a UNet from which a forward of one sample takes seconds on a processor."""
+LARGE_SAMPLES = 8
+"""Samples that blocks of a large UNet are measured on at most; the trace says so where a step asked for more."""
 _PLAIN = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 
 
@@ -301,6 +305,7 @@ class _Found:
     removed: list[str]
     changed: list[dict[str, Any]]
     skipped: list[Skipped]
+    note: str = ""
 
 
 def _remove(
@@ -312,14 +317,16 @@ def _remove(
     that only the candidates at the head of the list are measured again.
     """
     samples = context.kit.dataset(context.data, "train", context.preset)
-    batches = list(islice(context.kit.batches(samples, step.batch_size, train=False, seed=context.seed), step.batches))
+    size, count, note = _measured_on(model, step)
+    batches = list(islice(context.kit.batches(samples, size, train=False, seed=context.seed), count))
     expected = predictions(model, batches, step.guidance)
     removed: list[str] = []
     changed: list[dict[str, Any]] = []
     error, saved = 0.0, 0
-    with progress("blocks", need) as bar:
-        alone = removal_errors(model, list(sizes), batches, expected, step.guidance, lambda n: bar.advance(n, 0))
-        rises, errors = dict(alone), dict(alone)
+    with progress("measuring blocks", len(sizes)) as bar:
+        alone = removal_errors(model, list(sizes), batches, expected, step.guidance, bar.advance)
+    rises, errors = dict(alone), dict(alone)
+    with progress("removing blocks", need) as bar:
 
         def price(name: str) -> tuple[float, int]:
             return rises[name] / min(sizes[name], need - saved), -sizes[name]
@@ -344,7 +351,17 @@ def _remove(
             })  # fmt: skip
     kept = [Skipped(f"unet.{name}", f"kept: without it alone the error is {alone[name]:.4f}") for name in
             sorted(rises, key=lambda n: alone[n])]  # fmt: skip
-    return _Found(removed, changed, kept)
+    return _Found(removed, changed, kept, note)
+
+
+def _measured_on(model: Diffusion, step: RemoveAttention | RemoveBlocks) -> tuple[int, int, str]:
+    """Samples a batch, batches, and what the trace is to say where a large UNet gets fewer than the step names."""
+    asked = step.batch_size * step.batches
+    if _count(model.unet) < LARGE or asked <= LARGE_SAMPLES:
+        return step.batch_size, step.batches, ""
+    size = min(step.batch_size, LARGE_SAMPLES)
+    count = LARGE_SAMPLES // size
+    return size, count, f"; measured on {size * count} samples and not the step's {asked}, since the UNet is large"
 
 
 def _told(model: Diffusion, found: _Found, what: str, before: int, context: Context) -> Outcome:
@@ -353,7 +370,7 @@ def _told(model: Diffusion, found: _Found, what: str, before: int, context: Cont
     after, whole = _count(model.unet), _count(_original_unet(context))
     first = {
         "layer": "unet",
-        "what": f"{what}: parameters {before:,} -> {after:,}, {after / whole:.1%} of the original's",
+        "what": f"{what}: parameters {before:,} -> {after:,}, {after / whole:.1%} of the original's{found.note}",
         "parameters": [before, after], "share": after / whole,
     }  # fmt: skip
     return Outcome(model, [first, *found.changed], found.skipped, {"removed": found.removed})

@@ -79,9 +79,10 @@ FULL = Trial()
 def full_size(out: Path, resume: bool = True, trial: Trial = FULL) -> tuple[Figures, list[dict[str, Any]]]:
     """Figures of the gates that are about SD-1.5's size, and tables of bytes, packing and memory.
 
-    Works in `out`/work, which takes up to 3 GB and is gone at the end; after a kill it is still there, and with `resume`
-    its finished stages are not repeated. A stage that was killed is repeated whole: the rest of a time would be no time.
-    Raises InputError for a full disk, before the start where that can be told, and for a stage that fails.
+    Works in `out`/work, which takes up to 3 GB and is gone at the end; after a kill it is still there, and with
+    `resume` its finished stages are not repeated. A stage that was killed is repeated whole, since the rest of a
+    time is no time. Raises InputError for a full disk, before the start where that can be told, and for a stage
+    that fails.
     """
     work = Path(out) / "work"
     if not resume:
@@ -282,7 +283,7 @@ def _packing_table(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "title": "Full size: packing without calibration",
         "columns": ["model", "seconds", "CPU seconds", "load", "peak [MB]", "of the UNet's FP16", "layers in bits"],
         "rows": rows,
-        "note": f"{NOTE}; text encoder and VAE included; CPU seconds with the start of the process; load is the machine's",
+        "note": f"{NOTE}; text encoder and VAE included; the load is that of the machine",
     }  # fmt: skip
 
 
@@ -296,14 +297,14 @@ def _memory_table(drawn: Mapping[Draw, Mapping[str, Any]]) -> dict[str, Any]:
             _mb(r["plan"]["peak"]),
             _mb(r["peak"]),
             round(100 * (r["plan"]["peak"] / r["peak"] - 1), 1),
-            r["step_seconds"],
+            "" if r["step_seconds"] is None else r["step_seconds"],
             r["seconds"],
         ]
         for draw, r in drawn.items()
     ]
     return {
         "title": "Full size: planned and measured peak of a generation",
-        "columns": ["model", "size", "limit", "way", "planned [MB]", "measured [MB]", "off by [%]", "s a step", "s in all"],
+        "columns": ["model", "size", "limit", "way", "plan [MB]", "peak [MB]", "plan off by [%]", "s a step", "s"],
         "rows": rows,
         "note": f"{NOTE}; the whole process, libraries included, as the kernel counts its resident set (VmHWM)",
     }  # fmt: skip

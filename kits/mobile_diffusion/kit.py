@@ -55,11 +55,11 @@ class MobileDiffusion:
         return MobileDiffusion(_diffusion(model), chosen)
 
     def model(self, weights: Path | None = None) -> nn.Module:
-        """The shipped model, that of a diffusers folder (packed or not), or of what `train` left."""
+        """The shipped model, that of a diffusers folder (packed or not), of what `train` left, or of a hub id."""
         folder = weights or shipped.DEFAULT
         if (folder / "model" / "model_index.json").is_file():
             folder = folder / "model"
-        return load_diffusion(folder)
+        return load_diffusion(folder if folder.exists() else str(folder))  # a hub id is no folder
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """The model as trained, and the packed student of it."""

@@ -122,7 +122,7 @@ def _from_config(path: Path, name: str) -> Any:
     bypass(part, ours.get("removed", ()))
     for layer, record in ours.get("layers", {}).items():
         module = part.get_submodule(layer)
-        replace_module(part, module, empty_packed(module, record["bits"], record["group_size"]))
+        replace_module(part, module, empty_packed(module, record["bits"], record["group_size"], record.get("rank", 0)))
     return part
 
 
@@ -149,7 +149,7 @@ def _weights(part: nn.Module) -> _Weights:
         mapped = sum(layer.weight_bytes for layer in layers)
         return _Weights(weight_bytes(part) - mapped, mapped)
     files = [(m.start, m.end) for m in mappings() if is_weights(m)]
-    buffers = [b for layer in layers for b in (layer.weight_packed, layer.weight_scale)]
+    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
     shown = (b.nbytes for b in buffers if any(start <= b.data_ptr() < end for start, end in files))
     return _Weights(0, sum(shown))
 

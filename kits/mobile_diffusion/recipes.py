@@ -27,7 +27,7 @@ INT4_TABLE = Pack(
 NEAREST = Pack(bits=4, group_size=64, overrides=KEPT, rounding="nearest")
 FEWER_ATTENTION = RemoveAttention(share=0.7)
 STUDENT = RemoveBlocks(pattern="measured")
-FEWER_STEPS = DistilSteps(epochs=6, lr=5e-4, steps=4, substeps=5)
+FEWER_STEPS = DistilSteps(epochs=6, lr=5e-4, steps=4, substeps=4)
 
 READY = "shipped"
 DEFAULT = "int4"
@@ -48,7 +48,7 @@ RECIPES = {
         Recipe(
             "whole",
             (
-                FEWER_ATTENTION, STUDENT, DistilStudent(epochs=4, lr=5e-4), FEWER_STEPS, FixTimes(), INT4_TABLE,
+                FEWER_ATTENTION, STUDENT, DistilStudent(epochs=3, lr=5e-4), FEWER_STEPS, FixTimes(), INT4_TABLE,
             ),
             "not timed yet",
             "everything: fewer blocks, 4 steps, INT4",

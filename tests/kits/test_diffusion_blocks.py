@@ -16,6 +16,7 @@ from core.compress import compress, history, replay
 from core.kit import Context, InputError, Kit, Recipe
 from core.pruning.bypass import bypass, bypassed
 from core.weights import load_weights, save_weights
+from kits.mobile_diffusion import blocks
 from kits.mobile_diffusion.blocks import (
     RemoveAttention,
     RemoveBlocks,
@@ -177,6 +178,26 @@ class TestSteps:
             predictions(toy, list(batches(range(8), 4, train=False))[:1]), predictions(build("toy"), calibration()[:1])
         )
         assert outcome.changed[-1]["error"] == pytest.approx(error, rel=1e-4)
+
+    def test_a_large_unet_is_measured_on_few_samples_and_the_trace_says_so(
+        self, toy: Diffusion, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[list[int]] = []
+
+        def spied(model: Diffusion, given: blocks.Batches, guidance: float = 1.0) -> list[Tensor]:
+            seen.append([len(batch["latents"]) for batch in given])
+            return predictions(model, given, guidance)
+
+        monkeypatch.setattr(blocks, "predictions", spied)
+        context, step = Context(KIT, toy), RemoveAttention(1 / 11, guidance=1, batches=2, batch_size=4)
+        outcome = remove_attention(build("toy"), step, context)
+        assert all(sizes == [4, 4] for sizes in seen) and "measured on" not in outcome.changed[0]["what"]
+        seen.clear()
+        monkeypatch.setattr(blocks, "LARGE", count(toy.unet))
+        monkeypatch.setattr(blocks, "LARGE_SAMPLES", 5)
+        outcome = remove_attention(build("toy"), step, context)
+        assert seen and all(sizes == [4] for sizes in seen)
+        assert "measured on 4 samples and not the step's 8, since the UNet is large" in outcome.changed[0]["what"]
 
     def test_a_share_out_of_reach_says_what_is_in_reach(self, toy: Diffusion) -> None:
         with pytest.raises(InputError, match=r"RemoveBlocks.share: 0.010 is out of reach, expected 0\.\d+ or more"):
