@@ -1,6 +1,6 @@
 """Other tools' 4- and 8-bit weights beside fitkit's own, on the UNet of one Stable Diffusion.
 
-    python benchmarks/diffusion_tools.py [--model DIFFUSERS_FOLDER] [--out runs/diffusion_tools] [--tools NAME ...]
+    python benchmarks/diffusion_tools.py [--model DIFFUSERS_FOLDER] [--out runs/diffusion_tools] [--tools NAME ...] [--resume]
     python benchmarks/diffusion_tools.py --architecture sd-1.5   # random weights: bytes and seconds to compress only
 
 Setup: every tool starts from the same FP32 weights in a process of its own and is used as its makers describe, with 64
@@ -205,7 +205,8 @@ def _torchao_unpacked(folder: Path, plan: nn.Module, threads: int) -> Compressed
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features % GROUP == 0
 
-    quantize_(unet, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)), filter_fn=fits)
+    four: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's own stubs leave it out
+    quantize_(unet, IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(GROUP)), filter_fn=fits)
     return _in_torch(unet, plan)
 
 
@@ -458,13 +459,13 @@ def table(results: Mapping[str, Any]) -> str:
         "title": f"UNet of {whole:,} parameters, FP32 {4 * whole / 1e6:.2f} MB{architecture}",
         "columns": [
             "tool", "MB", "bits a weight", "at 4 bit", "at 8 bit", "in float", "convolutions", "relative error",
-            "SQNR [dB]", "compress [s]", "forward, FP32 = 1", "remark",
+            "SQNR [dB]", "compress [s] (of CPU)", "forward, FP32 = 1", "remark",
         ],
         "rows": rows,
-        "note": "MB: all tensors of the compressed UNet, scales included, what stays in float at FP16. Shares are of "
+        "note": "MB: all tensors of the compressed UNet, scales included; what stays in float at FP16. Shares are of "
         "all parameters. Error: of the prediction against FP32, all tools on the same "
-        f"{results['inputs']} noisy latents with captions. Seconds to compress include reading the FP32 weights. "
-        f"{results['device']}, {results['threads']} threads.",
+        f"{results['inputs']} noisy latents with captions. Seconds to compress include reading the weights "
+        f"and, for OpenVINO, converting. {results['device']}, threads: {results['threads']}.",
     }  # fmt: skip
     return markdown_tables({"tables": [shown]})
 
@@ -484,9 +485,10 @@ def _row(row: Mapping[str, Any], whole: int) -> list[str]:
         measured = [f"{row['relative_error']:.2e}", "" if decibels is None else f"{decibels:.1f}", ""]
         ratio = row["forward"]
         measured[2] = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    seconds = f"{row['compress_seconds']:.1f} ({row['compress_cpu_seconds']:.1f})"
     return [
         name, f"{row['bytes'] / 1e6:.2f}", f"{8 * row['bytes'] / whole:.2f}", *shares, _held(counts["convolutions"]),
-        *measured[:2], f"{row['compress_seconds']:.1f}", measured[2], row.get("note", ""),
+        *measured[:2], seconds, measured[2], row.get("note", ""),
     ]  # fmt: skip
 
 
@@ -506,6 +508,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=10.0, help="of timing each tool's forward")
     options.add_argument("--inputs", type=int, default=INPUTS, help="predictions that are compared")
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--resume", action="store_true", help="keep the rows that a run with the same options left")
     options.add_argument("--alone", type=Path, help=argparse.SUPPRESS)  # one tool, in this process, to this file
     given = options.parse_args()
     try:
@@ -534,10 +537,15 @@ def compare_tools(given: argparse.Namespace) -> str:
         "inputs": given.inputs,
         "tools": {},
     }
+    asked = {"model": str(folder), **{k: getattr(given, k) for k in ("architecture", "inputs", "seconds", "threads")}}
+    note = given.out / "rows" / "asked.json"
+    kept = given.resume and note.is_file() and read_object(note, "leave out --resume") == asked
+    write_text(note, json.dumps(asked) + "\n")
     with progress("tools", len(given.tools)) as bar:
         for name in given.tools:
             answer = given.out / "rows" / f"{name}.json"
-            answer.unlink(missing_ok=True)
+            if not kept:
+                answer.unlink(missing_ok=True)
             command = [
                 sys.executable, __file__, "--alone", str(answer), "--model", str(folder), "--tools", name,
                 "--seconds", str(given.seconds), "--threads", str(given.threads), "--inputs", str(given.inputs),
@@ -545,7 +553,7 @@ def compare_tools(given: argparse.Namespace) -> str:
             if given.architecture:
                 command += ["--architecture", given.architecture]
             load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-            row = run_apart(command, answer)
+            row = read_object(answer, "leave out --resume") if answer.is_file() else run_apart(command, answer)
             results["tools"][name] = {"title": TOOLS[name].title, "load_average": load, **row}
             write_text(given.out / "tools.json", json.dumps(results, indent=1) + "\n")
             bar.advance(TOOLS[name].title)

@@ -141,7 +141,7 @@ def _as_stored(model: Any) -> Iterator[None]:
 
 
 def _check_layers(layers: Any, removed: Any) -> None:
-    """Refuse layers that are not {name: {"bits": 2 to 8, "group_size" and any "rank": positive}}, and removed no names."""
+    """Refuse layers that are not {name: {"bits": 2 to 8, "group_size": positive}}, ranks and removed that are none."""
     if not isinstance(removed, list) or not all(isinstance(name, str) for name in removed):
         raise InputError(f"quantization_config: field 'removed': expected a list of names, found {removed}; {MEND}")
     if not isinstance(layers, dict):

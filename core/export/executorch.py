@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import subprocess
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -10,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +48,9 @@ class Lowered:
 
     `delegated` operators run in XNNPACK in `subgraphs` pieces, those of `left` ({operator: count}) in ExecuTorch's
     portable kernels. `layers` tells the precision of every layer with weights ("int4, groups of 32", "int8",
-    "float32: why"). `parity` compares the runtime with torch's simulation of the same integers (with the float module
-    where nothing is quantized), `error` with the float module; output by output.
+    "float32: why") as it was asked for, `stored` what `stored_weights` reads from the file. `parity` compares the
+    runtime with torch's simulation of the same integers (with the float module where nothing is quantized), `error`
+    with the float module; output by output.
     """
 
     file: str
@@ -56,6 +62,7 @@ class Lowered:
     subgraphs: int
     left: dict[str, int]
     layers: dict[str, str]
+    stored: dict[str, dict[str, int]]
     criterion: str
     parity: tuple[Deviation, ...]
     error: tuple[Deviation, ...]
@@ -114,7 +121,7 @@ def to_executorch(
             )
     return Lowered(
         path.name, path.stat().st_size, file_hash(path), version(), weights, delegated, subgraphs, left, layers,
-        str(criterion), parity, error, time.perf_counter() - began,
+        stored_weights(path), str(criterion), parity, error, time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -145,6 +152,55 @@ class ExecuTorchModule(nn.Module):
             raise InputError(f"inputs of shapes {shapes} given, the .pte takes {self._shapes}; lower it for these")
         outputs = tuple(self._method.execute([t.detach().cpu().contiguous() for t in inputs]))
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+# what the graph of a delegate calls the types of its constants
+_STORED = {"qbint4": "int4", "qcint4": "int4", "qcint8": "int8", "qint8": "int8", "fp16": "float16", "fp32": "float32"}
+_MAGIC, _HEADER = b"XH00", 30
+
+
+def stored_weights(path: Path | str) -> dict[str, dict[str, int]]:
+    """{"int4": {"layers", "weights"}, ...}: in which type XNNPACK's products and convolutions hold their weights.
+
+    Read from the graphs in the file. Means of norms are products with a constant as well, of few weights; what stays in
+    ExecuTorch's own kernels, such as an embedding, is not counted.
+    """
+    _needed()
+    data = Path(path).read_bytes()
+    found: dict[str, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        graphs = []
+        for blob in _graphs(data):
+            graphs.append(Path(work, f"{len(graphs)}.bin"))
+            graphs[-1].write_bytes(blob)
+        schema = resources("executorch.backends.xnnpack.serialization") / "schema.fbs"
+        command = [str(resources("executorch.data.bin") / "flatc"), "--json", "--strict-json", "--defaults-json"]
+        command += ["--raw-binary", "-o", work, str(schema), "--", *map(str, graphs)]
+        if graphs:
+            subprocess.run(command, capture_output=True, check=True)
+        for graph in graphs:
+            record = json.loads(graph.with_suffix(".json").read_text(encoding="utf-8"))
+            values = [v["xvalue_union"] for v in record["xvalues"]]
+            tensors = {t["id_out"]: t for t in (v.get("tensor_value", v) for v in values)}
+            for node in record["xnodes"]:
+                weight = tensors.get(node["xnode_union"].get("filter_id"), {"constant_buffer_idx": 0})
+                if weight["constant_buffer_idx"]:
+                    name = weight["datatype"].removeprefix("xnn_datatype_")
+                    count = found.setdefault(_STORED.get(name, name), {"layers": 0, "weights": 0})
+                    count["layers"] += 1
+                    count["weights"] += math.prod(weight["dims"])
+    return found
+
+
+def _graphs(data: bytes) -> Iterator[bytes]:
+    """The flatbuffers of XNNPACK's delegates: a header of 30 bytes says where each lies."""
+    at = data.find(_MAGIC)
+    while at >= 0:
+        length, offset, size = (int.from_bytes(data[at + a : at + b], "little") for a, b in ((4, 6), (6, 10), (10, 14)))
+        blob = data[at - 4 + offset : at - 4 + offset + size]
+        if length == _HEADER and 0 < size == len(blob):
+            yield blob
+        at = data.find(_MAGIC, at + 1)
 
 
 def _needed() -> None:

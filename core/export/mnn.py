@@ -47,8 +47,8 @@ def version() -> str:
 class Converted:
     """What `to_mnn` made of a module with one kind of weights.
 
-    `weights` is "float", "int8" or "int4"; `layers` counts convolutions and products with a constant by precision
-    (None where the file is too large to be read for it). `error` compares MNN's outputs with the float module's; for
+    `weights` is "float", "int8" or "int4"; `stored` is what `stored_weights` reads from the file (None where it is
+    too large to be read). `error` compares MNN's outputs with the float module's; for
     "float" that is the parity, held to `criterion`.
     """
 
@@ -58,7 +58,7 @@ class Converted:
     version: str
     weights: str
     block: int | None
-    layers: dict[str, int] | None
+    stored: dict[str, dict[str, int]] | None
     criterion: str | None
     error: dict[str, Deviation]
     seconds: float
@@ -84,8 +84,8 @@ def to_mnn(
 ) -> dict[str, Converted]:
     """Convert a module in eval mode to `<folder>/<graph>-<weights>.mnn` for each of `weights`, and compare with torch.
 
-    `weights` of "float", "int8" and "int4"; integers are MNN's own, symmetric, with a scale for each `block` of the
-    flattened weights of a convolution or Linear; embeddings and norms stay float32. `tolerance` is the largest
+    `weights` of "float", "int8" and "int4"; integers are MNN's own, with a least value and a scale for each `block` of
+    the flattened weights of a convolution or Linear; embeddings and norms stay float32. `tolerance` is the largest
     difference of the float file relative to max(1, peak). Raises ParityError beyond it, or where an output is not
     finite; InputError for wrong arguments, where the converter refuses, or without the extra `phone`.
     """
@@ -109,10 +109,10 @@ def to_mnn(
             error = {n: deviation(a, b) for n, a, b in zip(graph.outputs, wanted, results, strict=True)}
             criterion = _hold(path, kind, error, tolerance)
             size = path.stat().st_size
-            layers = count_layers(path) if size <= COUNTED_BYTES else None
+            stored = stored_weights(path) if size <= COUNTED_BYTES else None
             seconds = time.perf_counter() - began
             found[kind] = Converted(
-                path.name, size, file_hash(path), now, kind, None if kind == "float" else block, layers,
+                path.name, size, file_hash(path), now, kind, None if kind == "float" else block, stored,
                 str(criterion) if criterion else None, error, seconds,
             )  # fmt: skip
     return found
@@ -130,7 +130,7 @@ def _hold(path: Path, kind: str, error: Mapping[str, Deviation], tolerance: floa
 
 
 def convert(source: Path, path: Path, bits: int | None = None, block: int = 64) -> None:
-    """Convert an ONNX file to an MNN file, with weights of `bits` (2 to 8) and a scale for each `block`, or float32.
+    """Convert an ONNX file to an MNN file, with weights of `bits` (2 to 8) in blocks of `block`, or float32.
 
     Raises InputError with the converter's last words where it leaves no file.
     """
@@ -145,20 +145,26 @@ def convert(source: Path, path: Path, bits: int | None = None, block: int = 64) 
             raise InputError(f"{source}: MNN's converter refused it: {_last_line(said)}")
 
 
-def count_layers(path: Path) -> dict[str, int]:
-    """How many convolutions (products with a constant are such as well) of an MNN file hold which weights."""
+def stored_weights(path: Path) -> dict[str, dict[str, int]]:
+    """{"int4": {"layers", "weights"}, ...}: how many convolutions of an MNN file hold how many weights of which type.
+
+    Products with a constant are convolutions there as well. Raises InputError where the converter cannot read the file.
+    """
     with tempfile.TemporaryDirectory() as work:
         text = Path(work) / "model.json"
         said = _converter(["-f", "MNN", "--modelFile", str(path), "--JsonFile", str(text), "--bizCode", "fitkit"])
         if not text.is_file():
             raise InputError(f"{path}: MNN's converter cannot read it: {_last_line(said)}")
         operators = json.loads(text.read_text(encoding="utf-8", errors="replace"))["oplists"]
-    found: dict[str, int] = {}
+    found: dict[str, dict[str, int]] = {}
     for record in operators:
         if record["type"] in ("Convolution", "ConvolutionDepthwise", "Deconvolution"):
-            integers = record["main"].get("quanParameter")
+            about, integers = record["main"]["common"], record["main"].get("quanParameter")
             kind = f"int{integers['aMaxOrBits']}" if integers and integers.get("aMaxOrBits") else "float32"
-            found[kind] = found.get(kind, 0) + 1
+            count = found.setdefault(kind, {"layers": 0, "weights": 0})
+            kernel = about["kernelX"] * about["kernelY"]
+            count["layers"] += 1
+            count["weights"] += about["outputCount"] * max(about["inputCount"] // about["group"], 1) * kernel
     return found
 
 

@@ -1,9 +1,9 @@
 """Quantization: uniform affine schemes of 2 to 8 bits, post-training and in training.
 
-The steps are `Quantize` and `QAT`, which simulate, and `Pack`, whose layers hold packed integers. A simulating model
-exports with `torch.onnx.export(model.eval(), args, path, dynamo=True)` to QuantizeLinear and DequantizeLinear pairs;
-`pack_weights` on the loaded onnx.ModelProto then turns its float weights into integers, and must be called before the
-file is used.
+The steps are `Quantize` and `QAT`, which simulate, `Pack`, whose layers hold packed integers, and `Recover`, which
+trains low-rank terms beside these. A simulating model exports with `torch.onnx.export(model.eval(), args, path,
+dynamo=True)` to QuantizeLinear and DequantizeLinear pairs; `pack_weights` on the loaded onnx.ModelProto then turns its
+float weights into integers, and must be called before the file is used.
 """
 
 from core.quantization.budget import choose_bits as choose_bits
@@ -38,6 +38,7 @@ from core.quantization.prepare import calibrate as calibrate
 from core.quantization.prepare import prepare as prepare
 from core.quantization.ptq import Quantize as Quantize
 from core.quantization.qat import QAT as QAT
+from core.quantization.recover import Recover as Recover
 from core.quantization.schemes import PerChannel as PerChannel
 from core.quantization.schemes import PerGroup as PerGroup
 from core.quantization.schemes import PerTensor as PerTensor

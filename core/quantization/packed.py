@@ -349,8 +349,9 @@ def empty_packed(
 ) -> PackedLayer:
     """A packed layer of the shape of an nn.Linear, nn.Conv2d or nn.Embedding, its values to be loaded.
 
-    `rank` is that of its low-rank term (0: none). `device` and `dtype` (of the bias and of what it computes in) are the module's own unless told; a module on "meta"
-    gives buffers on "meta". Raises InputError for another module, and for a rank where `no_low_rank` tells why not.
+    `rank` is that of its low-rank term (0: none). `device` and `dtype` (of the bias and of what it computes in) are the
+    module's own unless told; a module on "meta" gives buffers on "meta". Raises InputError for another module, and for
+    a rank where `no_low_rank` tells why not.
     """
     why = unpackable(module)
     if why is not None:
@@ -434,7 +435,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 
 def unpacked(layer: PackedLayer, dtype: torch.dtype | None = None) -> FloatLayer:
-    """The plain float layer of a packed one, of `dtype` or the type that it computes in; a low-rank term is folded in."""
+    """The plain float layer of a packed one with its low-rank term, of `dtype` or the type that it computes in."""
     dtype = dtype or layer.compute_dtype
     made: dict[str, Any] = {"device": "meta", "dtype": dtype}
     new: FloatLayer

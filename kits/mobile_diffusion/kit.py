@@ -175,8 +175,17 @@ class MobileDiffusion:
     def compare(
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
-        """Fidelity to the original with the same seeds, speed and bytes against it, and what a phone would take."""
-        return compare(self, _diffusion(original), _diffusion(compressed), samples, artifact, preset)
+        """Fidelity to the original with the same seeds, speed and bytes against it, and what a phone would take.
+
+        With the preset "full", SD-1.5's architecture in full size as well.
+        """
+        found, tables = compare(self, _diffusion(original), _diffusion(compressed), samples, artifact, preset)
+        if preset == "full":
+            from kits.mobile_diffusion.full_size import full_size
+
+            more, extra = full_size(out / "full_size")
+            found, tables = found | more, [*tables, *extra]
+        return found, tables
 
     def pictures(self, module: nn.Module, samples: Sequence[Any], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Pictures of the original and of the compressed model side by side, a prompt of every kind."""

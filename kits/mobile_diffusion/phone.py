@@ -1,34 +1,40 @@
-"""The text encoder, the UNet's step and the VAE's decoder as files for phones, run and timed here in the same runtimes.
+"""The text encoder, the UNet's step and the VAE's decoder as files for phones, run here in the phone's runtimes.
 
-    python -m kits.mobile_diffusion.phone FOLDER OUT [--formats executorch mnn] [--weights float int4]
+    python -m kits.mobile_diffusion.phone RUN --out DIR [--formats executorch mnn] [--weights float int4]
 
-What is left to do on a phone is in PHONE.md; `phone_measure.py` does it there.
+RUN is what `fitkit run` or `fitkit train` left, or a diffusers folder. What is left to do on a phone is in PHONE.md;
+`phone_measure.py` does it there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.evaluation.bench import available_cores, bench
 from core.evaluation.measure import device
-from core.export import executorch, mnn
+from core.export import Artifact, executorch, mnn
 from core.export.artifact import list_files, replacing, write_manifest
-from core.export.parity import Reference, described
-from core.figures import Figure, Figures, today
+from core.export.parity import ParityError, Reference, described
+from core.figures import today
 from core.kit import Graph, InputError
+from core.progress import progress
 from core.quantization.packed import expand, packed_layers
 from kits.mobile_diffusion import phone_measure
+from kits.mobile_diffusion.fidelity import psnr
+from kits.mobile_diffusion.generate import generate
 from kits.mobile_diffusion.model.pipeline import Diffusion, load_diffusion, unet_prediction
 
 FORMATS = ("executorch", "mnn")
@@ -40,6 +46,9 @@ INT4_WHERE = (
     "convolution); MNN's int4: convolutions and Linear layers at 4 bits in blocks of 64. Both round the float weights "
     "anew; a packed layer is first expanded to floats, so its own integers are not in these files."
 )
+PROMPT, SEED = "a red circle left of a blue square", 7
+LEAST_PSNR = 40.0
+"""In dB, of the picture that float files draw against torch's: one level of 255 everywhere is 48 dB."""
 
 
 class TextEncoderPart(nn.Module):
@@ -105,9 +114,9 @@ def parts(model: Diffusion, seed: int = 0) -> Iterator[Part]:
     guided = model.sampling.guidance > 1 and config.time_cond_proj_dim is None
     rows, side = 2 if guided else 1, config.sample_size
     length, width = model.tokenizer.model_max_length, model.text_encoder.config.hidden_size
-    ids = model.tokens(["", "a red circle left of a blue square"][-rows:])
+    ids = model.tokens(["", PROMPT][-rows:])
     latents = torch.randn(rows, config.in_channels, side, side, generator=draws)
-    timesteps = torch.full((rows,), 500.0)
+    timesteps = _timesteps(model)[:1].float().repeat(rows)
     text = torch.randn(rows, length, width, generator=draws)
 
     encoder, source = _floats(model.text_encoder)
@@ -123,13 +132,22 @@ def parts(model: Diffusion, seed: int = 0) -> Iterator[Part]:
     yield Part(DecoderPart(decoder), Graph("vae_decoder", {"latents": latents[:1]}, ("picture",)), 1, source)
 
 
+def _timesteps(model: Diffusion) -> Tensor:
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(model.sampling.steps)
+    found: Tensor = scheduler.timesteps
+    return found
+
+
 def _floats(part: nn.Module) -> tuple[Any, str]:
     packed = Counter(layer.bits for layer in packed_layers(part).values())
     dtype = next(part.parameters()).dtype
     source = str(dtype).removeprefix("torch.")
     if packed:
         source = "expanded from packed layers: " + ", ".join(f"{n} of {b} bits" for b, n in sorted(packed.items()))
-    return expand(copy.deepcopy(part), torch.float32).float().eval().requires_grad_(False), source
+    floats = expand(copy.deepcopy(part), torch.float32)
+    nn.Module.float(floats)  # the method of transformers refuses a model whose config says that it was packed
+    return floats.eval().requires_grad_(False), source
 
 
 def export_phone(
@@ -138,31 +156,46 @@ def export_phone(
     *,
     formats: Sequence[str] = FORMATS,
     weights: Sequence[str] = WEIGHTS,
-    threads: int = 2,
-    seconds: float = 3.0,
+    threads: int = 1,
+    origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write every part in every format into `out` with `manifest.json`, and return the manifest.
 
-    `weights` of "float", "int8", "int4". The manifest holds the hashes, a row for each file ("table": bytes, largest
-    difference from torch relative to the peak, SQNR, operators left out of XNNPACK) and interleaved timings against
-    torch in about `seconds` for each part ("timing"; none with 0). An older folder stays as it was after a failure.
-    Raises InputError for wrong arguments or without the extra `phone`, ParityError where a runtime disagrees.
+    `weights` of "float", "int8", "int4"; `threads` of MNN here. The manifest holds the hashes, a row for each file
+    ("table": bytes, largest difference from torch relative to the peak, SQNR, weights by type as read from the file,
+    operators left out of XNNPACK) and, for each runtime and kind of weights, the PSNR of a whole picture drawn by the
+    three files against torch's ("pictures", which lie beside it). `origin` is where the model comes from, see `source`.
+    An older folder stays as it was after a failure. Raises InputError for wrong arguments or without the extra `phone`,
+    ParityError where a runtime disagrees.
     """
     _check(formats, weights)
-    threads = min(threads, len(available_cores()))
     table: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
-    timing: dict[str, Any] = {}
-    with replacing(Path(out)) as stage:
+    kinds = [(f, w) for f in formats for w in weights]
+    with replacing(Path(out)) as stage, progress("files for phones", 3 * len(formats) + len(kinds)) as bar:
         for part in parts(model):
             name, inputs = part.graph.name, tuple(part.graph.inputs.values())
             reference = Reference.of(part.module, inputs)
             about[name] = {**described(part.graph, reference), "calls": part.calls, "weights_from": part.weights_from}
             _write_example(stage / "examples" / name, part.graph, reference.outputs[0])
-            rows, runs = _export_part(part, stage, formats, weights, threads)
-            table += rows
-            if seconds > 0:
-                timing[name] = _timed(part.module, inputs, runs, threads, seconds)
+            del reference
+            for runtime in formats:
+                bar.advance(f"{runtime} {name}", steps=0)
+                table += _export_part(part, stage, runtime, weights)
+                bar.advance()
+        pictures = []
+        wanted = generate(model, [PROMPT], seeds=SEED, watch=False)[0]
+        _write_picture(stage, "torch", wanted)
+        for runtime, kind in kinds:
+            bar.advance(f"a picture by {runtime}-{kind}", steps=0)
+            drawn = draw(model, load_parts(stage, about, runtime, kind, threads), PROMPT, SEED)
+            pictures.append({"runtime": runtime, "weights": kind, "psnr": min(round(psnr(drawn, wanted), 2), 200.0),
+                             "file": _write_picture(stage, f"{runtime}-{kind}", drawn)})  # fmt: skip
+            if kind == "float" and pictures[-1]["psnr"] < LEAST_PSNR:
+                raise ParityError(f"{runtime}: its picture is {pictures[-1]['psnr']} dB from torch's; see {out}")
+            bar.advance()
+        model.tokenizer.save_pretrained(stage / "tokenizer")
+        model.scheduler.save_pretrained(stage / "scheduler")
         manifest = {
             "format": phone_measure.FORMAT,
             "kind": phone_measure.KIND,
@@ -170,14 +203,62 @@ def export_phone(
             "device": device(),
             "versions": {f: {"executorch": executorch.version, "mnn": mnn.version}[f]() for f in formats},
             "picture": {"steps": model.sampling.steps, "guidance": model.sampling.guidance, "pixels": model.pixels},
+            "origin": dict(origin or {}),
             "parts": about,
             "int4": INT4_WHERE,
             "table": table,
-            "timing": timing,
+            "pictures": {"prompt": PROMPT, "seed": SEED, "least_psnr_of_float": LEAST_PSNR, "drawn": pictures},
             "files": list_files(stage),
         }
         write_manifest(stage, manifest)
     return manifest
+
+
+def load_parts(
+    folder: Path, about: Mapping[str, Any], runtime: str, kind: str, threads: int = 1
+) -> dict[str, nn.Module]:
+    """The three files of a phone folder as modules that run in their runtime; `about` is the manifest's "parts"."""
+    found: dict[str, nn.Module] = {}
+    for name, part in about.items():
+        path = folder / runtime / f"{name}-{kind}{phone_measure.SUFFIXES[runtime]}"
+        if runtime == "executorch":
+            found[name] = executorch.ExecuTorchModule(path)
+        else:
+            names = ([i["name"] for i in part["inputs"]], [o["name"] for o in part["outputs"]])
+            found[name] = mnn.MnnModule(path, *names, threads)
+    return found
+
+
+@torch.no_grad()
+def draw(model: Diffusion, runs: Mapping[str, nn.Module], prompt: str, seed: int) -> np.ndarray:
+    """The picture uint8 (H, W, 3) of a prompt by three parts, as an app on a phone goes about it.
+
+    Of the model only the tokenizer, the scheduler's arithmetic and the configs are used.
+    """
+    config, guidance = model.unet.config, model.sampling.guidance
+    rows = 2 if guidance > 1 and config.time_cond_proj_dim is None else 1
+    text = runs["text_encoder"](model.tokens(["", prompt][-rows:]))
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(model.sampling.steps)
+    draws = torch.Generator().manual_seed(seed)
+    takes = {"generator": draws} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=draws) * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, time).repeat(rows, 1, 1, 1)
+        found = runs["unet"](noisy, time.float().repeat(rows), text)
+        if rows == 2:
+            empty, told = found.chunk(2)
+            found = empty + guidance * (told - empty)
+        latents = scheduler.step(found, time, latents, return_dict=False, **takes)[0]
+    levels = runs["vae_decoder"](latents)[0].div(2).add(0.5).clamp(0, 1).mul(255).round()
+    return np.ascontiguousarray(levels.to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _write_picture(stage: Path, name: str, picture: np.ndarray) -> str:
+    (stage / "pictures").mkdir(exist_ok=True)
+    cv2.imwrite(str(stage / "pictures" / f"{name}.png"), np.ascontiguousarray(picture[:, :, ::-1]))
+    return f"pictures/{name}.png"
 
 
 def _check(formats: Sequence[str], weights: Sequence[str]) -> None:
@@ -188,48 +269,32 @@ def _check(formats: Sequence[str], weights: Sequence[str]) -> None:
             raise InputError(f"export_phone: {what} {unknown[0]!r}; expected some of {', '.join(known)}")
 
 
-def _export_part(
-    part: Part, stage: Path, formats: Sequence[str], weights: Sequence[str], threads: int
-) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
-    """The rows of the table of one part, and the modules that run its files."""
+def _export_part(part: Part, stage: Path, runtime: str, weights: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the table of one part in one format."""
     rows: list[dict[str, Any]] = []
-    runs: dict[str, nn.Module] = {}
     name, inputs = part.graph.name, tuple(part.graph.inputs.values())
 
-    def row(runtime: str, kind: str, path: Path, error: Mapping[str, float], rest: Mapping[str, Any]) -> None:
-        file, size = path.relative_to(stage).as_posix(), path.stat().st_size
-        numbers = {"relative": error["relative"], "sqnr": error["sqnr"], **rest}
-        rows.append({"part": name, "runtime": runtime, "weights": kind, "file": file, "bytes": size, **numbers})
+    def row(path: Path, record: Mapping[str, Any], error: Mapping[str, float], kept: Sequence[str]) -> None:
+        rows.append({
+            "part": name, "runtime": runtime, "weights": record["weights"],
+            "file": path.relative_to(stage).as_posix(), "bytes": record["bytes"],
+            "relative": error["relative"], "sqnr": error["sqnr"], **{key: record[key] for key in kept},
+        })  # fmt: skip
 
-    if "executorch" in formats:
+    if runtime == "executorch":
         for kind in weights:
-            path = stage / "executorch" / f"{name}-{kind}.pte"
-            found = executorch.to_executorch(part.module, inputs, path, weights=kind)  # type: ignore[arg-type]
-            record = found.to_json()
-            rest = {k: record[k] for k in ("criterion", "delegated", "subgraphs", "left", "seconds")}
-            precisions = Counter(record["layers"].values())
-            parity = {"parity": record["parity"][0], "layers": dict(precisions.most_common())}
-            row("executorch", kind, path, record["error"][0], rest | parity)
-            runs[f"executorch-{kind}"] = executorch.ExecuTorchModule(path)
-    if "mnn" in formats:
-        converted = mnn.to_mnn(part.module, part.graph, stage / "mnn", weights=weights)
-        for kind, made in converted.items():
-            path, record = stage / "mnn" / made.file, made.to_json()
-            rest = {k: record[k] for k in ("criterion", "layers", "seconds")}
-            row("mnn", kind, path, record["error"][part.graph.outputs[0]], rest)
-            runs[f"mnn-{kind}"] = mnn.MnnModule(path, tuple(part.graph.inputs), part.graph.outputs, threads)
-    return rows, runs
-
-
-def _timed(
-    module: nn.Module, inputs: tuple[Tensor, ...], runs: Mapping[str, nn.Module], threads: int, seconds: float
-) -> dict[str, Any]:
-    def call(module: nn.Module) -> Callable[[], Any]:
-        return lambda: module(*inputs)
-
-    with torch.no_grad():
-        callables = {"torch": call(module)} | {name: call(run) for name, run in runs.items()}
-        return bench(callables, seconds=seconds, threads=threads).to_json()
+            path = stage / runtime / f"{name}-{kind}.pte"
+            record = executorch.to_executorch(part.module, inputs, path, weights=kind).to_json()  # type: ignore[arg-type]
+            record["layers"] = dict(Counter(record["layers"].values()).most_common())
+            record["parity"] = record["parity"][0]
+            kept = ("criterion", "parity", "stored", "layers", "delegated", "subgraphs", "left", "seconds")
+            row(path, record, record["error"][0], kept)
+    else:
+        for made in mnn.to_mnn(part.module, part.graph, stage / runtime, weights=weights).values():
+            record = made.to_json()
+            row(stage / runtime / made.file, record, record["error"][part.graph.outputs[0]],
+                ("criterion", "stored", "seconds"))  # fmt: skip
+    return rows
 
 
 def _write_example(folder: Path, graph: Graph, output: Tensor) -> None:
@@ -244,60 +309,66 @@ def _write_example(folder: Path, graph: Graph, output: Tensor) -> None:
     (folder / "expected.bin").write_bytes(output.detach().float().contiguous().numpy().tobytes())
 
 
-def measured(path: Path | str, folder: Path | str) -> Figures:
-    """The figures that `phone_measure.py` wrote to `path`, if they are of the very files in `folder`.
+def source(given: Path, variant: str | None = None) -> tuple[Path, dict[str, str]]:
+    """The diffusers folder of what a command names, and its origin {"artifact", "variant", "stage"} if from a run.
 
-    Raises InputError where the file is not such, or measured other files.
+    Of a run the compressed model is taken, unless `variant` names another. Raises InputError for a variant where there
+    is no artifact.
     """
-    path = Path(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        figures = [Figure.from_json(f) for f in record["figures"]]
-        runtime, weights, artifact = record["runtime"], record["weights"], record["artifact"]
-        manifest = phone_measure.read_manifest(Path(folder))
-        now = phone_measure.artifact_hash(phone_measure.chosen_files(manifest, runtime, weights))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); measure with phone_measure.py") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no measurement for {folder} ({error}); measure with phone_measure.py") from error
-    if now != artifact:
-        raise InputError(f"{path}: measured other files than those in {folder}; measure again with phone_measure.py")
-    return Figures(figures)
+    for place in (given / "artifact", given):
+        if (place / "manifest.json").is_file():
+            artifact = Artifact.open(place)
+            first = next(iter(artifact.variants.values())).precision
+            others = [v.name for v in artifact.variants.values() if v.precision != first]
+            chosen = artifact.variant(variant or next(iter(others), None))
+            found = artifact.folder_of(chosen.name)
+            if found is None:
+                raise InputError(f"{given}: variant {chosen.name!r} is no folder that runs in torch")
+            stage = "original" if chosen.precision == first and others else "compressed"
+            return found, {"artifact": artifact.sha256, "variant": chosen.name, "stage": stage}
+    if variant is not None:
+        raise InputError(f"--variant {variant}: {given} holds no artifact; leave it out")
+    return (given / "model" if (given / "model" / "model_index.json").is_file() else given), {}
 
 
 def text_table(manifest: Mapping[str, Any]) -> str:
-    """The manifest's table in lines for a terminal; times are medians."""
-    numbers = f"{'MB':>8} {'rel. error':>10} {'SQNR dB':>8} {'ms':>9} {'torch ms':>9}"
-    lines = [f"{'part':13} {'runtime':11} {'weights':7} {numbers}"]
+    """The manifest's table in lines for a terminal, and the pictures' PSNR."""
+    lines = [
+        f"{'part':13} {'runtime':11} {'weights':7} {'MB':>8} {'rel. error':>10} {'SQNR dB':>8}  weights in the file"
+    ]
     for r in manifest["table"]:
-        times = {t["name"]: t["p50"] for t in manifest["timing"].get(r["part"], {}).get("timings", ())}
-        ms, base = (
-            f"{times[n]:9.2f}" if n in times else "-".rjust(9) for n in (f"{r['runtime']}-{r['weights']}", "torch")
-        )
+        total = sum(n["weights"] for n in (r["stored"] or {}).values())
+        kinds = ", ".join(f"{n['weights'] / total:.1%} {k}" for k, n in (r["stored"] or {}).items()) or "not read"
         lines.append(
             f"{r['part']:13} {r['runtime']:11} {r['weights']:7} {r['bytes'] / 1e6:8.3f} {r['relative']:10.2e} "
-            f"{r['sqnr']:8.1f} {ms} {base}"
+            f"{r['sqnr']:8.1f}  {kinds}"
         )
+    lines += [
+        f"picture by {p['runtime']}-{p['weights']}: {p['psnr']:.1f} dB from torch's"
+        for p in manifest["pictures"]["drawn"]
+    ]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Export a folder and print the table; 2 where the input is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m kits.mobile_diffusion.phone", description=__doc__)
-    parser.add_argument("folder", help="a diffusers folder, packed or not")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--formats", nargs="+", default=FORMATS)
-    parser.add_argument("--weights", nargs="+", default=WEIGHTS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each part; 0 for none")
+    """Export and print the table; 2 where the input is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m kits.mobile_diffusion.phone", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of `fitkit run` or `fitkit train`, or a diffusers folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help=f"of {', '.join(FORMATS)} (default: all)")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, help="of float, int8, int4 (default: float int4)")
+    parser.add_argument("--variant", help="of the run's artifact (default: the compressed model)")
+    parser.add_argument("--threads", type=int, default=1, help="of MNN here (default 1)")
     o = parser.parse_args(arguments)
     try:
-        model = load_diffusion(o.folder)
-        how: dict[str, Any] = {"formats": o.formats, "weights": o.weights, "threads": o.threads, "seconds": o.seconds}
-        print(text_table(export_phone(model, o.out, **how)))
-    except InputError as error:
+        folder, origin = source(o.folder, o.variant)
+        manifest = export_phone(
+            load_diffusion(folder), o.out, formats=o.formats, weights=o.weights, threads=o.threads, origin=origin
+        )
+    except (InputError, ParityError) as error:
         print(error, file=sys.stderr)
         return 2
+    print(text_table(manifest))
     return 0
 
 

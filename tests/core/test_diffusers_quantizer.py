@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,46 @@ def test_saved_again_it_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert written == json.loads((folder / "unet/config.json").read_text())["quantization_config"]
 
 
+def carry(pipe: Any) -> dict[str, int]:
+    """A low-rank term for some layers of both libraries' models; {component and layer: rank}."""
+    draws = torch.Generator().manual_seed(3)
+    ranks = {"unet.conv_out": 2, "unet.mid_block.resnets.0.conv1": 4, "text_encoder.encoder.layers.0.mlp.fc1": 3}
+    for name, rank in ranks.items():
+        part, _, path = name.partition(".")
+        layer = getattr(pipe, part).get_submodule(path)
+        rows, length = layer.weight_shape[0], layer.weight_shape[1:].numel()
+        a = 0.1 * torch.randn(rank, length, generator=draws)
+        layer.add_low_rank(a, 0.1 * torch.randn(rows, rank, generator=draws))
+    return ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_rank_terms_are_in_the_folder_and_come_back(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    pipe = load_pipeline(folder)
+    plain = picture(pipe)
+    ranks = carry(pipe)
+    expected = picture(pipe)
+    assert np.abs(expected - plain).max() > 1e-3
+    save_packed(pipe, tmp_path / "out")
+    again = load_pipeline(tmp_path / "out", dtype=dtype)
+    for part in PARTS:
+        layers = json.loads((tmp_path / "out" / part / "config.json").read_text())["quantization_config"]["layers"]
+        told = {f"{part}.{name}": record["rank"] for name, record in layers.items() if "rank" in record}
+        assert told == {name: rank for name, rank in ranks.items() if name.startswith(part)}
+        buffers = [
+            {f"{n}.{k}": v for n, m in packed_layers(getattr(p, part)).items() for k, v in m.named_buffers()}
+            for p in (pipe, again)
+        ]
+        assert buffers[0].keys() == buffers[1].keys()
+        assert all(v.dtype == buffers[1][k].dtype and torch.equal(v, buffers[1][k]) for k, v in buffers[0].items())
+    if dtype == torch.float32:
+        assert np.array_equal(picture(again), expected)
+        save_packed(again, tmp_path / "more")
+        for part in PARTS:
+            files = [next((tmp_path / out / part).glob("*.safetensors")).read_bytes() for out in ("out", "more")]
+            assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_changed_bytes_are_refused_and_the_file_named(folder: Path, part: str) -> None:
     file = next((folder / part).glob("*.safetensors"))
@@ -146,11 +187,12 @@ def test_without_a_manifest_it_is_refused(folder: Path) -> None:
     [
         ({"conv_out": {"bits": 9, "group_size": 64}}, "'conv_out': expected bits of 2 to 8"),
         ({"conv_out": {"bits": 4}}, "positive group_size"),
+        ({"conv_out": {"bits": 8, "group_size": 64, "rank": 0}}, "'conv_out': rank is 0, expected 1 or more"),
         ({"no.such": {"bits": 4, "group_size": 64}}, "'no.such' is not in UNet2DConditionModel"),
         ({"conv_norm_out": {"bits": 4, "group_size": 64}}, "expected nn.Linear"),
         ([], "'layers': expected an object"),
     ],
-    ids=["bits", "group", "name", "norm", "kind"],
+    ids=["bits", "group", "rank", "name", "norm", "kind"],
 )
 def test_a_config_that_does_not_fit_is_refused(folder: Path, layers: object, why: str) -> None:
     path = folder / "unet/config.json"

@@ -105,6 +105,8 @@ def test_int4_linear_is_torchao_s_to_the_last_bit_but_rounding(tmp_path: Path) -
     assert found.parity[0].sqnr > 60
     assert 15 < found.error[0].sqnr < 30  # 4 bits in groups of 32
     assert found.layers == {"0": "int4, groups of 32"}
+    assert found.stored == {"int4": {"layers": 1, "weights": 64 * 128}}  # read from the file
+    assert plain_file.stored == {"float32": {"layers": 1, "weights": 64 * 128}}
     assert plain_file.bytes - found.bytes > 0.7 * 64 * 128 * 4  # 4 bytes fall to a half and scales
     assert found.to_json()["error"][0]["relative"] == pytest.approx(
         found.error[0].max_abs / found.error[0].peak, rel=0.01
@@ -118,6 +120,8 @@ def test_quantized_convolution_behind_a_norm_runs(weights: str, tmp_path: Path) 
     found = to_executorch(Block().eval(), (torch.randn(1, 4, 4, 4),), tmp_path / "q.pte", weights=weights)  # type: ignore[arg-type]
     assert found.parity[0].sqnr > 25
     assert found.layers["conv"].startswith("int8")
+    assert found.stored[weights]["weights"] >= 32 * 64  # the Linear layer
+    assert found.stored["int8"]["weights"] >= 32 * 4 * 9  # the convolution, which has no 4-bit kernel
 
 
 @needs_executorch

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from core.kit import InputError
 from core.quantization import PackedConv2d, PackedLinear, empty_packed, expand, pack_module, packed_layers
+from core.quantization.packed import unpacked
 from core.quantization.packing import dequantize_rows, pack, quantize_rows, row_bytes, unpack
+from core.quantization.slices import in_slices
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -246,6 +248,125 @@ def test_peft_trains_a_lora_beside_packed_layers_and_unloads_to_the_same_bytes()
         lora.merge_adapter()
     model = lora.unload()
     assert isinstance(model[0], PackedLinear) and isinstance(model[2], PackedConv2d)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert torch.equal(model(x), plain)
+
+
+CARRIERS = {name: CASES[name] for name in CASES if name not in ("grouped", "depthwise")}
+
+
+def carrying(layer: nn.Module, rank: int = 3, bits: int = 4, group_size: int = 64) -> PackedLinear | PackedConv2d:
+    """The packed layer with a low-rank term of random numbers, as large as its weights."""
+    packed = pack_module(layer, bits, group_size)
+    assert isinstance(packed, PackedLinear | PackedConv2d)
+    draws = torch.Generator().manual_seed(rank)
+    rows, length = packed.weight_shape[0], packed.weight_shape[1:].numel()
+    packed.add_low_rank(
+        torch.randn(rank, length, generator=draws) * 0.1, torch.randn(rows, rank, generator=draws) * 0.1
+    )
+    return packed
+
+
+@pytest.mark.parametrize("case", CARRIERS)
+def test_a_low_rank_term_adds_b_of_a_of_x(case: str) -> None:
+    make, shape = CARRIERS[case]
+    layer = make()
+    plain, packed = pack_module(layer, 4, 64), carrying(layer)
+    a, b = packed.low_rank_a, packed.low_rank_b
+    assert a is not None and b is not None and packed.rank == 3
+    x = torch.randn(shape, requires_grad=True)
+    inner = copy.deepcopy(layer)
+    inner.bias, inner.weight = None, nn.Parameter(a.float().view(3, *layer.weight.shape[1:]))
+    outer = torch.einsum("or,nrhw->nohw", b.float(), inner(x)) if x.ndim == 4 else F.linear(inner(x), b.float())
+    expected = plain(x) + outer
+    torch.testing.assert_close(packed(x), expected)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (packed(x), expected)]
+    torch.testing.assert_close(*grads)
+    floats = unpacked(packed)
+    torch.testing.assert_close(floats(x), packed(x))
+    whole = plain.dequantized() + (b.float() @ a.float()).view(layer.weight.shape)
+    torch.testing.assert_close(floats.weight.detach(), whole)
+    torch.testing.assert_close(packed.weight + 0, whole)
+
+
+def test_a_term_of_zeros_changes_no_bit() -> None:
+    layer, x = nn.Conv2d(8, 12, 3, padding=1), torch.randn(2, 8, 6, 6)
+    plain, zero = pack_module(layer, 4, 64), pack_module(layer, 4, 64)
+    zero.hold_low_rank(4)
+    assert torch.equal(zero(x), plain(x))
+    assert "rank=4" in repr(zero) and "rank" not in repr(plain)
+    assert plain.state_dict().keys() == {"weight_packed", "weight_scale", "bias"}
+    assert plain.layout == {"bits": 4, "group_size": 64}
+
+
+def test_a_term_is_held_in_fp16_counted_and_loaded() -> None:
+    packed = carrying(nn.Conv2d(64, 32, 3, bias=False))
+    assert packed.weight_bytes == 32 * 64 * 9 // 2 + 2 * 32 * 9 + 2 * 3 * (32 + 576)
+    assert sum(b.nbytes for b in packed.state_dict().values()) == packed.weight_bytes
+    before = {name: value.clone() for name, value in packed.state_dict().items()}
+    packed.double().float().bfloat16()
+    assert all(value.dtype == before[name].dtype for name, value in packed.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in packed.state_dict().items())
+    with torch.device("meta"):
+        shape = nn.Conv2d(64, 32, 3, bias=False)
+    again = empty_packed(shape, **packed.layout, dtype=torch.float32)
+    assert again.low_rank_a is not None and again.low_rank_a.is_meta
+    again.load_state_dict(before, assign=True)
+    x = torch.randn(1, 64, 5, 5)
+    assert torch.equal(again(x), packed.float()(x))
+    with pytest.raises(RuntimeError, match="low_rank_a"):
+        empty_packed(shape, 4, 64).load_state_dict(before, assign=True)
+
+
+def test_terms_add_up_and_small_numbers_survive_fp16() -> None:
+    layer = nn.Linear(64, 32)
+    packed, plain, x = carrying(layer, 2), pack_module(layer, 4, 64), torch.randn(5, 64)
+    first = packed(x) - plain(x)
+    a, b = torch.randn(3, 64) * 300, torch.randn(32, 3) * 1e-7
+    b[:, 1] = 0
+    packed.add_low_rank(a, b)
+    assert packed.rank == 5
+    second = packed(x) - plain(x) - first
+    expected = x.double() @ a.T.double() @ b.T.double()
+    assert (second - expected).norm() < 0.02 * expected.norm(), "1e-7 is 0 or twice itself in FP16"
+
+
+def test_terms_that_do_not_fit_are_refused() -> None:
+    packed = pack_module(nn.Linear(8, 4), 4, 64)
+    with pytest.raises(InputError, match=r"found \(2, 7\) and \(4, 2\), expected \(rank, 8\) and \(4, rank\)"):
+        packed.add_low_rank(torch.zeros(2, 7), torch.zeros(4, 2))
+    with pytest.raises(InputError, match="NaN, Inf or values beyond FP16"):
+        packed.add_low_rank(torch.full((1, 8), 1e9), torch.full((4, 1), 1e9))
+    with pytest.raises(InputError, match="since it is a convolution in 2 groups"):
+        empty_packed(nn.Conv2d(4, 4, 3, groups=2), 4, 64, 2)
+    with pytest.raises(InputError, match="since it is an embedding"):
+        empty_packed(nn.Embedding(4, 4), 4, 64, 2)
+    with pytest.raises(InputError, match="rank is -1"):
+        empty_packed(nn.Linear(4, 4), 4, 64, -1)
+    assert packed.rank == 0
+
+
+def test_slices_keep_the_term() -> None:
+    conv, linear = carrying(nn.Conv2d(16, 96, 3, padding=1)), carrying(nn.Linear(96, 130))
+    net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    x = torch.randn(2, 16, 12, 12)
+    with torch.no_grad():
+        expected = net(x)
+        with in_slices(net, 16 * 9 * 4 * 20):
+            assert sum("forward" in vars(m) for m in packed_layers(net).values()) == 2
+            torch.testing.assert_close(net(x), expected)
+
+
+def test_a_lora_goes_on_top_of_a_term_and_off_again() -> None:
+    model = nn.Sequential(*(carrying(m) if hasattr(m, "weight") else m for m in net()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(4, 64)
+    plain = model(x)
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    lora = peft.get_peft_model(model, config)
+    assert not torch.allclose(lora(x), plain)
+    model = lora.unload()
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
     assert torch.equal(model(x), plain)

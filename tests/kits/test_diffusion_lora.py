@@ -92,6 +92,25 @@ def test_lora_does_on_packed_layers_what_it_does_on_float_ones(packed: Path, lor
     assert np.abs(picture(one) - picture(other)).max() < 1e-4
 
 
+def test_a_lora_goes_on_top_of_what_was_recovered_and_off_again(packed: Path, lora: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(packed)
+    for name in ("mid_block.resnets.0.conv1", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"):
+        layer = pipe.unet.get_submodule(name)
+        draws = torch.Generator().manual_seed(5)
+        a = 0.1 * torch.randn(4, layer.weight_shape[1:].numel(), generator=draws)
+        layer.add_low_rank(a, 0.1 * torch.randn(layer.weight_shape[0], 4, generator=draws))
+    save_packed(pipe, tmp_path / "out")
+    pipe, plain = load_pipeline(tmp_path / "out"), load_pipeline(packed)
+    before, bytes_before = picture(pipe), buffers(pipe)
+    assert sum("low_rank" in name for name in bytes_before) == 4
+    load_lora(pipe, lora)
+    load_lora(plain, lora)
+    with_lora = picture(pipe)
+    assert np.abs(with_lora - before).max() > 1e-3 and np.abs(with_lora - picture(plain)).max() > 1e-3
+    pipe.unload_lora_weights()
+    assert same(buffers(pipe), bytes_before) and np.array_equal(picture(pipe), before)
+
+
 def test_scale_weighs_the_lora(packed: Path, lora: Path) -> None:
     pipe = load_pipeline(packed)
     before = picture(pipe)

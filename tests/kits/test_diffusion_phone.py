@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -14,12 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from core.figures import Figure, Figures, Gate
+from core.figures import Estimated, Figure, Figures, Gate, Measured
 from core.kit import InputError
+from core.quantization.folding import replace_module
 from core.quantization.packed import pack_module
-from kits.mobile_diffusion import phone, phone_measure
+from core.report import Report, judge
+from kits.mobile_diffusion import phone, phone_measure, phone_report
 from kits.mobile_diffusion.data.tokenizer import make_tokenizer
-from kits.mobile_diffusion.model.pipeline import Diffusion, Sampling
+from kits.mobile_diffusion.fidelity import psnr
+from kits.mobile_diffusion.generate import generate
+from kits.mobile_diffusion.model.pipeline import Diffusion, Sampling, load_diffusion
+from kits.mobile_diffusion.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's exporter, about itself
 
@@ -64,7 +70,7 @@ def exported(model: Diffusion, tmp_path_factory: pytest.TempPathFactory) -> Path
     if importlib.util.find_spec("MNN") is None:
         pytest.skip("the extra `phone` is not installed")
     out = tmp_path_factory.mktemp("phone") / "files"
-    phone.export_phone(model, out, formats=("mnn",), threads=1, seconds=0.05)
+    phone.export_phone(model, out, formats=("mnn",))
     return out
 
 
@@ -95,6 +101,19 @@ def test_packed_layers_are_expanded_and_said_to_be(tmp_path: Path) -> None:
     assert unet.graph.inputs["latents"].shape[0] == 1  # no guidance: one row
 
 
+def test_packed_folder_is_expanded_as_well(tmp_path: Path) -> None:
+    packed = tiny(tmp_path / "tokenizer", guidance=1.0)
+    for part in (packed.text_encoder, packed.unet):
+        layer = next(m for m in part.modules() if type(m) is torch.nn.Linear)
+        replace_module(part, layer, pack_module(layer, 4, 32))
+    packed.save(tmp_path / "packed")
+    encoder, unet, _ = phone.parts(load_diffusion(tmp_path / "packed"))
+    assert encoder.weights_from == unet.weights_from == "expanded from packed layers: 1 of 4 bits"
+    with torch.no_grad():
+        ids = encoder.graph.inputs["token_ids"]
+        torch.testing.assert_close(encoder.module(ids), packed.encode(ids), rtol=1e-5, atol=1e-5)
+
+
 @needs_mnn
 def test_folder_has_hashes_table_and_timing(exported: Path) -> None:
     manifest = phone_measure.read_manifest(exported)
@@ -106,10 +125,22 @@ def test_folder_has_hashes_table_and_timing(exported: Path) -> None:
         assert plain["relative"] < 1e-3 and plain["sqnr"] > 60
         assert int4["bytes"] < plain["bytes"] and 3 < int4["sqnr"] < 40
         assert int4["bytes"] == (exported / int4["file"]).stat().st_size
-        timings = [t["name"] for t in manifest["timing"][part]["timings"]]
-        assert timings == ["torch", "mnn-float", "mnn-int4"]
-    assert set(manifest["table"][3]["layers"]) == {"int4"}  # the UNet's convolutions are INT4 too, all of them
-    assert len(phone.text_table(manifest).splitlines()) == 7
+    assert set(manifest["table"][3]["stored"]) == {"int4"}  # the UNet's convolutions are INT4 too, all of them
+    assert len(phone.text_table(manifest).splitlines()) == 9
+    assert (exported / "tokenizer" / "tokenizer_config.json").is_file()
+    assert (exported / "scheduler" / "scheduler_config.json").is_file()
+
+
+@needs_mnn
+def test_exported_files_draw_torch_s_picture(exported: Path, model: Diffusion) -> None:
+    manifest = phone_measure.read_manifest(exported)
+    plain, int4 = manifest["pictures"]["drawn"]
+    assert plain["psnr"] >= phone.LEAST_PSNR > 30 and int4["psnr"] < plain["psnr"]
+    runs = phone.load_parts(exported, manifest["parts"], "mnn", "float")
+    drawn = phone.draw(model, runs, "a green square", 3)
+    wanted = generate(model, ["a green square"], seeds=3)[0]
+    assert psnr(drawn, wanted) >= phone.LEAST_PSNR
+    assert psnr(drawn, generate(model, ["a green square"], seeds=4)[0]) < 30  # another picture is told apart
 
 
 @needs_mnn
@@ -127,6 +158,27 @@ def test_changed_and_missing_files_are_named(exported: Path, tmp_path: Path) -> 
         phone_measure.read_manifest(copy)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_drawing_by_parts_is_diffusers_s_pipeline(guidance: float, tmp_path: Path) -> None:
+    from diffusers import LCMScheduler
+
+    model = tiny(tmp_path, 2, guidance)
+    for scheduler in (model.scheduler, LCMScheduler()):  # LCM's steps draw noise of their own
+        model.scheduler = scheduler
+        runs = {part.graph.name: part.module for part in phone.parts(model)}
+        drawn = phone.draw(model, runs, "a green square", 3)
+        assert psnr(drawn, generate(model, ["a green square"], seeds=3)[0]) > 50
+
+
+def test_source_of_a_diffusers_folder_and_of_a_training(tmp_path: Path) -> None:
+    assert phone.source(tmp_path) == (tmp_path, {})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
+    assert phone.source(tmp_path) == (tmp_path / "model", {})
+    with pytest.raises(InputError, match="holds no artifact"):
+        phone.source(tmp_path, "int4-torch")
+
+
 def test_wrong_names_are_refused(model: Diffusion, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="formats 'coreml'; expected some of executorch, mnn"):
         phone.export_phone(model, tmp_path / "out", formats=("coreml",))
@@ -137,49 +189,61 @@ def test_wrong_names_are_refused(model: Diffusion, tmp_path: Path) -> None:
 @needs_executorch
 @pytest.mark.slow
 def test_executorch_runs_all_three_parts(model: Diffusion, tmp_path: Path) -> None:
-    manifest = phone.export_phone(model, tmp_path / "out", formats=("executorch",), threads=1, seconds=0.05)
+    manifest = phone.export_phone(model, tmp_path / "out", formats=("executorch",))
     rows = {(r["part"], r["weights"]): r for r in manifest["table"]}
     for part in ("text_encoder", "unet", "vae_decoder"):
         assert rows[part, "float"]["relative"] < 1e-4
         assert rows[part, "int4"]["parity"]["sqnr"] > 25  # against torch with the same integers
         assert rows[part, "int4"]["bytes"] < rows[part, "float"]["bytes"]
+    drawn = {p["weights"]: p["psnr"] for p in manifest["pictures"]["drawn"]}
+    assert drawn["float"] >= phone.LEAST_PSNR
+    stored = rows["unet", "int4"]["stored"]
+    assert stored["int4"]["layers"] > 5 and stored["int8"]["layers"] > 5  # Linear layers and convolutions
     unet = rows["unet", "float"]
     assert unet["delegated"] > 20 * sum(unet["left"].values())
 
 
 # A phone made of a shell script: adb as far as the measurement uses it, over a folder in the place of the phone's.
-ADB = """#!{python}
-import json, os, shutil, subprocess, sys
-root, words = os.environ["FAKE_PHONE"], sys.argv[1:]
-here = lambda path: os.path.join(root, path.lstrip("/"))
-if words[0] == "-s":
-    words = words[2:]
-if words[0] == "push":
-    os.makedirs(os.path.dirname(here(words[2])), exist_ok=True)
-    shutil.copyfile(words[1], here(words[2]))
-elif words[0] == "pull":
-    shutil.copyfile(here(words[1]), words[2])
-elif words[0] == "shell":
-    line = words[1].replace("/data/local/tmp", here("/data/local/tmp")).replace("/sys/class", here("/sys/class"))
-    if line.startswith("getprop "):
-        print(json.loads(os.environ["FAKE_PROPERTIES"]).get(line.split()[1], ""))
-        sys.exit(0)
-    sys.exit(subprocess.run(["sh", "-c", line]).returncode)
+ADB = """#!/bin/sh
+[ "$1" = -s ] && shift 2
+case $1 in
+devices) printf 'List of devices attached\\n%b\\n' "$FAKE_DEVICES" ;;
+push) mkdir -p "$(dirname "$FAKE_PHONE$3")" && cp "$2" "$FAKE_PHONE$3" ;;
+pull) cp "$FAKE_PHONE$2" "$3" ;;
+shell)
+    line=$(printf %s "$2" | sed "s#/data/local/tmp#$FAKE_PHONE/data/local/tmp#g; s#/sys/class#$FAKE_PHONE/sys/class#g")
+    case $line in
+    "getprop ro.product.model") echo SM-S911B ;;
+    "getprop ro.soc.model") echo "$FAKE_SOC" ;;
+    "getprop "*) echo 14 ;;
+    *) exec sh -c "$line" ;;
+    esac ;;
+esac
 """
-# A runner that copies the expected output and tells times as executor_runner and ModuleBasic.out do.
-EXECUTOR_RUNNER = """#!{python}
-import os, sys, time
-flags = dict(w[2:].split("=", 1) for w in sys.argv[1:])
-n, part = int(flags["num_executions"]), flags["model_path"].removesuffix(".pte")
-for name in flags["inputs"].split(","):
-    assert os.path.getsize(name) > 0, name
-time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-ms = {{"text_encoder": 5.0, "unet": 250.0, "vae_decoder": 95.0}}[part]
-for i in range(n):
-    print(f"I 00:00:00.1 executorch:executor_runner.cpp:1] Iteration {{i + 1}} of {{n}}: {{ms:.6f}} ms")
-print(f"I 00:00:00.2 executorch:executor_runner.cpp:2] Model executed successfully {{n}} time(s) in {{ms * n:.6f}} ms.")
-data = open(os.path.join(os.environ["FAKE_EXPECTED"], part, "expected.bin"), "rb").read()
-open(flags["output_file"] + "-0.bin", "wb").write(bytes(len(data)) if os.environ.get("FAKE_WRONG") else data)
+# Runners that copy the expected output and tell times as executor_runner and ModuleBasic.out do.
+EXECUTOR_RUNNER = """#!/bin/sh
+for word in "$@"; do
+    case $word in
+    --model_path=*) part=${word#*=}; part=${part%.pte} ;;
+    --inputs=*) inputs=$(echo "${word#*=}" | tr , ' ') ;;
+    --num_executions=*) n=${word#*=} ;;
+    --output_file=*) out=${word#*=}-0.bin ;;
+    esac
+done
+for file in $inputs; do [ -s "$file" ] || exit 3; done
+[ "$FAKE_FAIL" = "$part" ] && { echo 'Execution of method forward failed with status 0x12'; exit 134; }
+ms=5; [ $part = unet ] && ms=$FAKE_MS && sleep ${FAKE_SECONDS:-0}; [ $part = vae_decoder ] && ms=95
+echo "I 00:00:00.1 executorch:executor_runner.cpp:1] Iteration 1 of $n: $ms.000000 ms"
+said="executed successfully ${FAKE_RUNS:-$n} time(s) in $((n * ms)).000000 ms."
+[ -n "$FAKE_SILENT" ] || echo "I 00:00:00.2 executorch:executor_runner.cpp:2] Model $said"
+expected=$FAKE_EXPECTED/$part/expected.bin
+case $FAKE_OUTPUT in
+wrong) tr '\\\\000-\\\\377' '\\\\000' < $expected > $out ;;
+odd) head -c 5 $expected > $out ;;
+short) head -c 4 $expected > $out ;;
+none) ;;
+*) cp $expected $out ;;
+esac
 """
 MODULE_BASIC = """#!{python}
 import array, json, os, sys
@@ -188,26 +252,23 @@ names = [i["name"] for i in json.load(open(part + "/input.json"))["inputs"]]
 assert all(open(f"{{part}}/{{n}}.txt").read().split() for n in names)
 values = array.array("f")
 values.frombytes(open(os.path.join(os.environ["FAKE_EXPECTED"], part, "expected.bin"), "rb").read())
-open("output/0.txt", "w").write("\\n".join(map(repr, values)))
+open("output/0.txt", "w").write("\\n".join(map(repr, values)) if not os.environ.get("FAKE_OUTPUT") else "nan?")
 print("Avg= 40.000000 ms, min= 39.0 ms, max= 41.0 ms")
 """
 
 
 class FakePhone:
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.patch = root, patch
+        self.root = root
         self.runners = {
             "executorch": self._program("executor_runner", EXECUTOR_RUNNER),
-            "mnn": self._program("ModuleBasic.out", MODULE_BASIC),
+            "mnn": self._program("ModuleBasic.out", MODULE_BASIC.format(python=sys.executable)),
         }
         self._program("bin/adb", ADB)
         patch.setenv("PATH", f"{root / 'bin'}:{os.environ['PATH']}")
         patch.setenv("FAKE_PHONE", str(root / "phone"))
-        self.is_a("SM8550")
-
-    def is_a(self, soc: str) -> None:
-        properties = {"ro.product.model": "SM-S911B", "ro.soc.model": soc, "ro.build.version.release": "14"}
-        self.patch.setenv("FAKE_PROPERTIES", json.dumps(properties))
+        for name, value in (("SOC", "SM8550"), ("DEVICES", r"X1\tdevice"), ("MS", "250")):
+            patch.setenv(f"FAKE_{name}", value)
 
     def battery(self, status: str, microamperes: int, microvolts: int) -> None:
         folder = self.root / "phone" / phone_measure.BATTERY.lstrip("/")
@@ -218,7 +279,7 @@ class FakePhone:
     def _program(self, name: str, text: str) -> Path:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.format(python=sys.executable))
+        path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 
@@ -226,6 +287,9 @@ class FakePhone:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePhone]:
     yield FakePhone(tmp_path / "fake", monkeypatch)
+
+
+ARTIFACT = "a" * 64
 
 
 @pytest.fixture
@@ -247,6 +311,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         parts[part] = {"calls": calls, "inputs": [{"name": n} for n in inputs]}
     manifest = {
         "format": phone_measure.FORMAT, "kind": phone_measure.KIND, "parts": parts, "files": phone.list_files(out),
+        "table": [], "origin": {"artifact": ARTIFACT, "variant": "int4-torch", "stage": "compressed"},
         "picture": {"steps": 50}, "versions": {"executorch": "1.5.1", "mnn": "3.6.1"},
     }  # fmt: skip
     phone.write_manifest(out, manifest)
@@ -261,7 +326,7 @@ POWER = Gate("power on the phone", "picture_power", "<= 3.1", "W", device="snapd
 def test_measurement_through_adb_passes_the_gates(
     fake: FakePhone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FAKE_SECONDS", "0.8")
+    monkeypatch.setenv("FAKE_SECONDS", "0.5")
     fake.battery("Discharging", -700_000, 4_000_000)
     out = tmp_path / "phone.json"
     runner = str(fake.runners["executorch"])
@@ -270,7 +335,7 @@ def test_measurement_through_adb_passes_the_gates(
         phone_measure.measure, "__kwdefaults__", {**phone_measure.measure.__kwdefaults__, "every": 0.05}
     )
     assert phone_measure.main(arguments) == 0
-    figures = phone.measured(out, folder)
+    figures = phone_report.measured(out, folder)
     seconds, power = figures.find("picture_seconds"), figures.find("picture_power")
     assert seconds is not None and power is not None
     assert seconds.value == pytest.approx((5.0 + 50 * 250.0 + 95.0) / 1000)  # 12.6 s
@@ -282,8 +347,10 @@ def test_measurement_through_adb_passes_the_gates(
     assert all(Figure.from_json(f).to_json() == f for f in json.loads(out.read_text())["figures"])
 
 
-def test_another_phone_and_a_charging_battery_leave_the_gates_unproven(fake: FakePhone, folder: Path) -> None:
-    fake.is_a("Tensor G3")
+def test_another_phone_and_a_charging_battery_leave_the_gates_unproven(
+    fake: FakePhone, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SOC", "Tensor G3")
     fake.battery("Charging", 500_000, 4_000_000)
     record = phone_measure.measure(phone_measure.Phone(), folder, "executorch", fake.runners["executorch"], repeats=2)
     figures = Figures(Figure.from_json(f) for f in record["figures"])
@@ -301,10 +368,109 @@ def test_mnn_runner_and_its_output_are_read(fake: FakePhone, folder: Path) -> No
     assert record["notes"] == [f"no power: {phone_measure.BATTERY} cannot be read on this phone"]
 
 
-def test_wrong_output_on_the_phone_is_refused(fake: FakePhone, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_WRONG", "1")
-    with pytest.raises(phone_measure.MeasureError, match="text_encoder: the phone's output is 0.0 dB from torch's"):
-        phone_measure.measure(phone_measure.Phone(), folder, "executorch", fake.runners["executorch"], repeats=2)
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DEVICES", "", "adb sees no phone; plug it in"),
+        ("DEVICES", r"X1\tdevice\nY2\tdevice", "adb sees several phones: X1, Y2; name one with --serial"),
+        ("DEVICES", r"X1\tunauthorized", "phone X1 is unauthorized; unlock it"),
+        ("DEVICES", r"X1\toffline", "phone X1 is offline"),
+        ("FAIL", "unet", "failed with 134: Execution of method forward failed with status 0x12"),
+        ("SILENT", "1", "executor_runner told no times; its last words: .*Iteration 1 of 1"),
+        ("RUNS", "3", "executor_runner ran 3 times, 1 were asked for"),
+        ("MS", "0", "executor_runner told no times"),
+        ("OUTPUT", "wrong", "text_encoder: the phone's output is 0.0 dB from torch's, expected 10.0 or more"),
+        ("OUTPUT", "odd", "text_encoder: text_encoder/out-0.bin of the phone is malformed"),
+        ("OUTPUT", "short", "the phone gave 1 values, not all finite or not 6"),
+        ("OUTPUT", "none", "pulling text_encoder/out-0.bin: failed with 1"),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_file(
+    variable: str, value: str, message: str, fake: FakePhone, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(f"FAKE_{variable}", value)
+    out = tmp_path / "phone.json"
+    arguments = [str(folder), "--runner", str(fake.runners["executorch"]), "--out", str(out)]
+    assert phone_measure.main([*arguments, "--runs", "1", "--repeats", "2"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert len(said.splitlines()) == 1 and not out.exists()
+
+
+def test_phone_is_named_among_several(fake: FakePhone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DEVICES", r"X1\toffline\nY2\tdevice")
+    phone_measure.Phone("Y2").check()
+    with pytest.raises(phone_measure.MeasureError, match="phone X1 is offline"):
+        phone_measure.Phone("X1").check()
+    with pytest.raises(phone_measure.MeasureError, match="--serial Z3: adb sees X1, Y2"):
+        phone_measure.Phone("Z3").check()
+
+
+def test_a_phone_that_does_not_answer_is_given_up(fake: FakePhone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phone_measure, "TIMEOUT", 0.2)
+    with pytest.raises(phone_measure.MeasureError, match="no answer in 0.2 s"):
+        phone_measure.Phone().run("sleep 5")
+    gauge = phone_measure.Gauge(phone_measure.Phone())
+    with pytest.raises(phone_measure.MeasureError, match="not done in 0.2 s; take fewer --runs"):
+        phone_measure.run_watched(phone_measure.Phone(local=True), "exec sleep 5", gauge, 0.05)
+
+
+def test_malformed_text_of_mnn_is_refused(fake: FakePhone, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OUTPUT", "odd")
+    with pytest.raises(phone_measure.MeasureError, match=r"text_encoder: output/0\.txt of the phone is malformed"):
+        phone_measure.measure(phone_measure.Phone(), folder, "mnn", fake.runners["mnn"], repeats=2)
+
+
+def run_with(folder: Path, artifact: str) -> Path:
+    """A run's folder with a report whose gates on the phone are open, and a picture on its page."""
+    here = Measured("this-host", "PyTorch", 3, None, artifact)
+    guess = Estimated("roofline", ("device snapdragon-8-gen-2",), 0.5)
+    figures = Figures([Figure("alignment", 90.0, "%", here), Figure("picture_seconds", 9.0, "s", guess)])
+    report = judge(
+        figures, (SECONDS, POWER), (), kit="mobile_diffusion", recipe=RECIPES["int4"], target="snapdragon-8-gen-2",
+        pictures=[{"title": "a & b", "png": b"\x89PNG\r\n\x1a\n" + bytes(range(256))}],
+    )  # fmt: skip
+    assert [j.verdict for j in report.judgements] == ["UNPROVEN", "UNPROVEN"]
+    report.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("ms", "verdict"), [("250", "PASS"), ("350", "FAIL")])
+def test_report_takes_the_measurement_and_judges_anew(
+    ms: str, verdict: str, fake: FakePhone, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FAKE_MS", ms)
+    run, out = run_with(tmp_path / "run", ARTIFACT), tmp_path / "phone.json"
+    page = (run / "report.html").read_text()
+    arguments = [str(folder), "--runner", str(fake.runners["executorch"]), "--out", str(out), "--repeats", "2"]
+    assert phone_measure.main([*arguments, "--report", str(run)]) == 0
+    assert f"{verdict:8} seconds for a picture on the phone: measured" in capsys.readouterr().out
+    report = Report.load(run)
+    assert [j.verdict for j in report.judgements] == [verdict, "UNPROVEN"]  # no gauge here: no power
+    measured = report.figures.find("picture_seconds", kind="measured")
+    assert measured is not None and measured.value == pytest.approx((100 + 50 * int(ms)) / 1000)
+    assert report.figures.find("picture_seconds", kind="estimated") is not None  # stays beside it
+    assert any(n.startswith("no power: ") for n in report.notes)
+    picture = re.search(r'<img src="[^"]+" alt="[^"]+"', page)
+    assert picture is not None and picture[0] in (run / "report.html").read_text()  # the page keeps its pictures
+    before = (run / "report.json").read_text()
+    assert phone_measure.main([str(folder), "--measured", str(out), "--report", str(run)]) == 0
+    assert (run / "report.json").read_text() == before  # twice is as good as once
+
+
+def test_report_of_another_model_is_left_alone(
+    fake: FakePhone, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(tmp_path / "run", "b" * 64)
+    before = (run / "report.json").read_text()
+    arguments = [str(folder), "--runner", str(fake.runners["mnn"]), "--runtime", "mnn", "--repeats", "2"]
+    arguments += ["--out", str(tmp_path / "phone.json"), "--report", str(run)]
+    assert phone_measure.main(arguments) == 2
+    assert "exported from another model than that of" in capsys.readouterr().err
+    assert (run / "report.json").read_text() == before
+    assert (tmp_path / "phone.json").is_file()  # the measurement itself is kept
 
 
 def test_measurement_of_other_files_is_not_taken_up(fake: FakePhone, folder: Path, tmp_path: Path) -> None:
@@ -313,10 +479,10 @@ def test_measurement_of_other_files_is_not_taken_up(fake: FakePhone, folder: Pat
     path = tmp_path / "phone.json"
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match="measured other files"):
-        phone.measured(path, folder)
+        phone_report.measured(path, folder)
     path.write_text("{}")
     with pytest.raises(InputError, match="no measurement"):
-        phone.measured(path, folder)
+        phone_report.measured(path, folder)
 
 
 def test_no_adb_and_no_runner_are_told(
@@ -343,6 +509,7 @@ def test_script_needs_nothing_but_python() -> None:
     import ast
 
     tree = ast.parse(Path(phone_measure.__file__).read_text(encoding="utf-8"))
+    tree.body = [n for n in tree.body if getattr(n, "name", "") != "_fill_in"]  # of --report, where fitkit is
     found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     found |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {name.split(".")[0] for name in found} <= set(sys.stdlib_module_names)

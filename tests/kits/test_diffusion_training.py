@@ -12,14 +12,19 @@ from torch import nn
 
 from core.kit import InputError
 from kits.mobile_diffusion.data import scenes
+from kits.mobile_diffusion.data.backgrounds import BACKGROUNDS
+from kits.mobile_diffusion.data.scenes import RELATIONS
+from kits.mobile_diffusion.data.sprites import COLOURS, SHAPES
 from kits.mobile_diffusion.legs import STOP, Ramps
 from kits.mobile_diffusion.model.default import LATENT_CHANNELS, TRAIN_STEPS, make_default, make_vae
 from kits.mobile_diffusion.training import (
     CHROMA,
     PLANS,
+    TILT,
     Latents,
     NoiseLoss,
     Plan,
+    Reading,
     coloured,
     normalise,
     reconstruction_loss,
@@ -80,7 +85,8 @@ def test_normalised_latents_decode_as_before() -> None:
         assert torch.allclose(vae.decode(after.mean).sample, drawn, atol=1e-3)
 
 
-def test_a_perfect_prediction_of_v_costs_nothing(tmp_path: Path) -> None:
+def test_a_perfect_prediction_of_v_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kits.mobile_diffusion.training.READ", 0.0)
     model = make_default(tmp_path)
     latents, ids = torch.zeros(8, LATENT_CHANNELS, 8, 8), model.tokens(["a red circle"] * 8)
 
@@ -89,13 +95,51 @@ def test_a_perfect_prediction_of_v_costs_nothing(tmp_path: Path) -> None:
 
         def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
             seen.append(timesteps)
+            model.encode(token_ids)
             kept = model.scheduler.alphas_cumprod[timesteps][:, None, None, None]
             return (kept / (1 - kept)).sqrt() * noisy
 
     seen: list[torch.Tensor] = []
     assert NoiseLoss(model)(Oracle(), (latents, ids)).item() < 1e-9
-    # one noise level in each eighth of the schedule
-    assert (seen[0] * 8 // TRAIN_STEPS).tolist() == list(range(8))
+    # one noise level in each eighth of what the tilt makes of the schedule
+    even = 1 - (1 - (seen[0] + 0.5) / TRAIN_STEPS) ** (1 / TILT)
+    assert (even * 8).floor().tolist() == list(range(8))
+    assert (seen[0] > 3 * TRAIN_STEPS // 4).sum() == 4, "half of them in the last quarter"
+
+
+class TestReading:
+    def test_a_caption_is_asked_for_what_it_says(self, tmp_path: Path) -> None:
+        model = make_default(tmp_path)
+        reading = Reading(model)
+        ids = model.tokens(["two small red squares on black", "a blue cross below a green circle", ""])
+        first, second, none = (reading.answers(row).tolist() for row in ids)
+        red, blue, green = (COLOURS.index(c) for c in ("red", "blue", "green"))
+        square, cross, circle = (SHAPES.index(s) for s in ("square", "cross", "circle"))
+        assert first == [2, 1, red, square, 0, -1, -1, -1, 0, 1 + BACKGROUNDS.index("black")]
+        assert second == [1, 0, blue, cross, 1, 0, green, circle, 1 + RELATIONS.index("below"), 0]
+        assert none == [-1] * 10
+
+    def test_the_encoder_learns_to_be_read(self, tmp_path: Path) -> None:
+        model = make_default(tmp_path)
+        reading, ids = Reading(model), model.tokens(scenes.batch(3, 16)[1])
+        optimizer = torch.optim.AdamW(model.text_encoder.parameters(), lr=2e-3)
+        values = []
+        for _ in range(12):
+            with reading:
+                model.encode(ids)
+            value = reading.loss(ids)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(value.item())
+        assert values[-1] < 0.7 * values[0]
+
+    def test_captions_of_another_language_are_asked_nothing(self, tmp_path: Path) -> None:
+        model = make_default(tmp_path)
+        reading, ids = Reading(model), model.tokens(["a cat on a mat"])
+        with reading:
+            model.encode(ids)
+        assert reading.loss(ids).item() == 0.0
 
 
 def test_losses_fall(tmp_path: Path) -> None:
