@@ -1,6 +1,6 @@
 """Other tools' 4- and 8-bit weights beside fitkit's own, on the UNet of one Stable Diffusion.
 
-    python benchmarks/diffusion_tools.py [--model DIFFUSERS_FOLDER] [--out runs/diffusion_tools] [--tools NAME ...] [--resume]
+    python benchmarks/diffusion_tools.py [--model DIFFUSERS_FOLDER] [--resume] [--out DIR] [--tools NAME ...]
     python benchmarks/diffusion_tools.py --architecture sd-1.5   # random weights: bytes and seconds to compress only
 
 Setup: every tool starts from the same FP32 weights in a process of its own and is used as its makers describe, with 64
@@ -8,7 +8,7 @@ weights to a group where it has such an option. Bytes are those of all tensors o
 points included; what a tool leaves in float counts two bytes a number for all. The error is that of the UNet's
 prediction against FP32, sum of squares over sum of squares, on the same noisy latents of all noise levels with real
 captions. A forward is timed in turns with FP32 in the same process and the same runtime. Leaves `tools.json` and the
-table `tools.md`, made from it, in --out. A tool that is absent or fails has a row that says why.
+table `tools.md`, made from it, in --out (runs/diffusion_tools unless told). A tool that is absent or fails has a row that says why.
 """
 
 from __future__ import annotations

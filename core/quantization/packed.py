@@ -185,8 +185,8 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`folded()`, to be read only: a change in place raises InputError."""
-        return self.folded().as_subclass(_Lent)
+        """`dequantized()`, so without a low-rank term, to be read only: a change in place raises InputError."""
+        return self.dequantized().as_subclass(_Lent)
 
     @property
     def weight_bytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.compress import compress
 from core.evaluation.measure import device
 from core.figures import Figure, Figures, Measured
 from core.kit import Graph, InputError, Kit, Recipe
@@ -51,7 +52,7 @@ class MobileDiffusion:
 
     def of(self, model: nn.Module) -> Kit:
         """The kit with batches, graphs and comparisons of this model."""
-        chosen = READY if shipped.is_there() and shipped.is_default(model) else DEFAULT
+        chosen = READY if shipped.is_default(model) else DEFAULT
         return MobileDiffusion(_diffusion(model), chosen)
 
     def model(self, weights: Path | None = None) -> nn.Module:
@@ -62,8 +63,10 @@ class MobileDiffusion:
         return load_diffusion(folder if folder.exists() else str(folder))  # a hub id is no folder
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        """The model as trained, and the packed student of it."""
-        return {"fp32": self._model, "int4": load_diffusion(shipped.WHOLE)}, {}
+        """The model as trained, and the packed student of it, or where none ships, the model itself packed."""
+        if shipped.is_there():
+            return {"fp32": self._model, "int4": load_diffusion(shipped.WHOLE)}, {}
+        return {"fp32": self._model, "int4": compress(self._model, RECIPES["int4-nearest"], self)[0]}, {}
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Any]:
         """Captioned pictures to train on, prompts with seeds to choose by and to report."""

@@ -76,7 +76,7 @@ class Plan:
 
 
 _VAE = Ramps(epochs=60, batch_size=8, lr=1.2e-3, clip=1.0, up=50, down=800, seed=1)
-_UNET = Ramps(epochs=70, batch_size=64, lr=6e-4, weight_decay=0.01, ema=0.999, clip=1.0, up=200, seed=2)
+_UNET = Ramps(epochs=86, batch_size=64, lr=8e-4, weight_decay=0.01, ema=0.999, clip=1.0, up=200, seed=2)
 
 PLANS = {
     "full": Plan(
@@ -85,9 +85,9 @@ PLANS = {
             replace(_VAE, epochs=40, lr=4e-4, up=20, down=1600, seed=11),
             replace(_VAE, epochs=48, batch_size=16, lr=8e-4, down=2400, seed=13),
         ),
-        decoder=(replace(_VAE, epochs=40, lr=6e-4, up=20, down=1600, seed=12),),
+        decoder=(replace(_VAE, epochs=16, batch_size=16, lr=6e-4, up=20, down=800, seed=12),),
         vae_steps=50,
-        unet=(_UNET, replace(_UNET, epochs=14, up=20, down=1400, ema=0.998, seed=3)),
+        unet=(_UNET, replace(_UNET, epochs=17, up=20, down=1700, ema=0.998, seed=3)),
         steps=100,
     ),
     "smoke": Plan(

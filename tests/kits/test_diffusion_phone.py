@@ -56,7 +56,8 @@ def tiny(folder: Path, steps: int = 4, guidance: float = 3.0) -> Diffusion:
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8, sample_size=16,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1,
     )  # fmt: skip
-    return Diffusion(CLIPTextModel(text), unet, vae, tokenizer, DDIMScheduler(), Sampling(steps, guidance)).eval()
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # of others diffusers warns
+    return Diffusion(CLIPTextModel(text), unet, vae, tokenizer, scheduler, Sampling(steps, guidance)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_drawing_by_parts_is_diffusers_s_pipeline(guidance: float, tmp_path: Pat
     from diffusers import LCMScheduler
 
     model = tiny(tmp_path, 2, guidance)
-    for scheduler in (model.scheduler, LCMScheduler()):  # LCM's steps draw noise of their own
+    for scheduler in (model.scheduler, LCMScheduler(steps_offset=1)):  # LCM's steps draw noise of their own
         model.scheduler = scheduler
         runs = {part.graph.name: part.module for part in phone.parts(model)}
         drawn = phone.draw(model, runs, "a green square", 3)

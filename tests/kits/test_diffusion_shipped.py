@@ -11,7 +11,7 @@ import torch
 
 from core.compress import compress
 from core.kit import InputError, Recipe
-from core.quantization import Pack
+from core.quantization import Pack, packed_layers
 from core.weights import state_hash
 from kits.mobile_diffusion import shipped
 from kits.mobile_diffusion.kit import MobileDiffusion
@@ -83,15 +83,28 @@ def test_the_card_names_every_weight_file_by_its_hash(weights: Path) -> None:
     assert card["parameters"] == sum(p.numel() for p in load_diffusion(weights / "default").parameters())
 
 
-def test_a_run_of_another_model_or_recipe_is_not_shipped(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_of_another_model_is_not_shipped_and_of_another_recipe_no_student(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
     trained, run = made
     save_diffusion(build("toy", seed=9), tmp_path / "model", torch.float16)
     with pytest.raises(InputError, match="began from another model"):
         shipped.ship(tmp_path, run, tmp_path / "weights")
     report = json.loads((run / "report.json").read_text())
     (tmp_path / "report.json").write_text(json.dumps({**report, "recipe": RECIPES["int4"].to_json()}))
-    with pytest.raises(InputError, match="expected 'whole'"):
-        shipped.ship(trained, tmp_path, tmp_path / "weights")
+    shipped.ship(trained, tmp_path, tmp_path / "weights")
+    assert not (tmp_path / "weights" / "whole").exists() and not (tmp_path / "weights" / "card.json").exists()
+    assert "| demand | as trained | int4 |" in (tmp_path / "weights" / "README.md").read_text()
+
+
+def test_without_a_student_the_model_is_packed(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "CARD", weights / "none.json")
+    kit = MobileDiffusion()
+    assert kit.default_recipe == "int4" == kit.of(kit.model()).default_recipe
+    packed = kit.shipped()[0]["int4"]
+    assert packed_layers(packed) and not packed_layers(kit.model())
+    with pytest.raises(InputError, match="no student ships"):
+        compress(kit.model(), RECIPES["shipped"], kit)
 
 
 def test_too_much_is_not_shipped(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
