@@ -8,7 +8,7 @@ weights to a group where it has such an option. Bytes are those of all tensors o
 points included; what a tool leaves in float counts two bytes a number for all. The error is that of the UNet's
 prediction against FP32, sum of squares over sum of squares, on the same noisy latents of all noise levels with real
 captions. A forward is timed in turns with FP32 in the same process and the same runtime. Leaves `tools.json` and the
-table `tools.md`, made from it, in --out (runs/diffusion_tools unless told). A tool that is absent or fails has a row that says why.
+table `tools.md`, made from it, in --out. A tool that is absent or fails has a row that says why.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def _figures(tool: Tool, folder: Path, sizes_only: bool, inputs: int, seconds: f
     original = load_diffusion(folder)
     batch = _inputs(original, inputs)
     reference = _predict(original.unet)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: quanto makes its weights anew in a forward
         found |= error(_in_parts(reference, batch), _in_parts(made.predict, batch))
         few = tuple(t[:TIMED] for t in batch)
         against = made.float_predict or reference

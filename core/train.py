@@ -73,7 +73,7 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
-    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    on_epoch: Callable[[int, nn.Module], bool | None] | None = None,
     label: str = "train",
 ) -> Fit:
     """Train a model in place and return it, with the weights of the best epoch if `evaluate` is given.
@@ -86,7 +86,8 @@ def fit(
 
     Under `accelerate launch` the N processes share the batches of an epoch, one each a step, so that it has
     `steps_per_epoch // N` steps; a last round of fewer than N batches is left out. `loss` must then call the
-    model as a whole; `evaluate` and `on_epoch` are called in the first process only.
+    model as a whole; `evaluate` and `on_epoch` are called in the first process only. Where `on_epoch` returns True, the
+    training ends, in all of them.
     """
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
@@ -164,6 +165,7 @@ def fit(
                     best_score = entry["score"]
                     best = {k: v.detach().clone() for k, v in stored(candidate).items()}
             history.append(entry)
+            ended = False
             if accelerator.is_main_process:
                 bar.log(f"{label} " + "  ".join(f"{k} {v:.5g}" for k, v in entry.items()))
                 if last is not None:
@@ -179,7 +181,9 @@ def fit(
                         parts["average"] = stored(average)
                     _Checkpoint.write(last, parts, meta)
                 if on_epoch is not None:
-                    on_epoch(epoch, candidate)
+                    ended = bool(on_epoch(epoch, candidate))
+            if on_epoch is not None and _over_all(float(ended), accelerator, "sum") > 0:
+                break
     bare = accelerator.unwrap_model(net, keep_fp32_wrapper=False)
     load_stored(bare, best or stored(candidate), label)
     bare.eval()

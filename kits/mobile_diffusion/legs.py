@@ -79,31 +79,20 @@ def _leg(
 ) -> None:
     stop = folder.with_name(STOP)
 
-    def after(epoch: int, average: nn.Module) -> None:
+    def after(epoch: int, average: nn.Module) -> bool:
         look(before + epoch + 1, average)
-        if stop.exists():
-            stop.unlink()
-            raise _CutShort(average)
+        stopped = stop.exists()
+        stop.unlink(missing_ok=True)
+        return stopped
 
-    try:
-        fit(
-            model,
-            lambda epoch: batches(before + epoch, leg),
-            loss,
-            leg,
-            steps_per_epoch=steps,
-            folder=folder,
-            resume=resume,
-            on_epoch=after,
-            label=folder.name,
-        )
-    except _CutShort as cut:
-        model.load_state_dict(cut.average.state_dict())
-
-
-class _CutShort(Exception):  # noqa: N818  not an error
-    """Ends a leg before its last epoch; `average` holds the weights so far."""
-
-    def __init__(self, average: nn.Module) -> None:
-        super().__init__()
-        self.average = average
+    fit(
+        model,
+        lambda epoch: batches(before + epoch, leg),
+        loss,
+        leg,
+        steps_per_epoch=steps,
+        folder=folder,
+        resume=resume,
+        on_epoch=after,
+        label=folder.name,
+    )

@@ -37,6 +37,7 @@ from kits.mobile_diffusion.fidelity import psnr
 from kits.mobile_diffusion.generate import generate
 from kits.mobile_diffusion.model.pipeline import Diffusion, load_diffusion, unet_prediction
 
+PARTS = ("text_encoder", "unet", "vae_decoder")
 FORMATS = ("executorch", "mnn")
 WEIGHTS = ("float", "int4")
 # what -inf stands for in the causal mask: no score reaches it, and FP16 arithmetic on a phone can hold it
@@ -44,8 +45,11 @@ MASKED = -1e4
 INT4_WHERE = (
     "ExecuTorch's int4: Linear layers at 4 bits in groups of 32, convolutions at 8 bits (XNNPACK has no INT4 "
     "convolution); MNN's int4: convolutions and Linear layers at 4 bits in blocks of 64. Both round the float weights "
-    "anew; a packed layer is first expanded to floats, so its own integers are not in these files."
+    "anew; a packed layer is first expanded to floats, so its own integers are not in these files. The set int4 has the "
+    "VAE's decoder at 8 bits."
 )
+IN_SET = {"int4": {"vae_decoder": "int8"}}
+"""Where a set of files has other weights than its name says: a decoder of 4 bits spoils every picture."""
 PROMPT, SEED = "a red circle left of a blue square", 7
 LEAST_PSNR = 40.0
 """In dB, of the picture that float files draw against torch's: one level of 255 everywhere is 48 dB."""
@@ -161,7 +165,7 @@ def export_phone(
 ) -> dict[str, Any]:
     """Write every part in every format into `out` with `manifest.json`, and return the manifest.
 
-    `weights` of "float", "int8", "int4"; `threads` of MNN here. The manifest holds the hashes, a row for each file
+    `weights` are sets of files: "float", "int8", or "int4" with the decoder at 8 bits; `threads` of MNN here. The manifest holds the hashes, a row for each file
     ("table": bytes, largest difference from torch relative to the peak, SQNR, weights by type as read from the file,
     operators left out of XNNPACK) and, for each runtime and kind of weights, the PSNR of a whole picture drawn by the
     three files against torch's ("pictures", which lie beside it). `origin` is where the model comes from, see `source`.
@@ -171,8 +175,9 @@ def export_phone(
     _check(formats, weights)
     table: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
+    sets = {w: {part: IN_SET.get(w, {}).get(part, w) for part in PARTS} for w in weights}
     kinds = [(f, w) for f in formats for w in weights]
-    with replacing(Path(out)) as stage, progress("files for phones", 3 * len(formats) + len(kinds)) as bar:
+    with replacing(Path(out)) as stage, progress("files for phones", len(PARTS) * len(formats) + len(kinds)) as bar:
         for part in parts(model):
             name, inputs = part.graph.name, tuple(part.graph.inputs.values())
             reference = Reference.of(part.module, inputs)
@@ -181,14 +186,14 @@ def export_phone(
             del reference
             for runtime in formats:
                 bar.advance(f"{runtime} {name}", steps=0)
-                table += _export_part(part, stage, runtime, weights)
+                table += _export_part(part, stage, runtime, list(dict.fromkeys(s[name] for s in sets.values())))
                 bar.advance()
         pictures = []
         wanted = generate(model, [PROMPT], seeds=SEED, watch=False)[0]
         _write_picture(stage, "torch", wanted)
         for runtime, kind in kinds:
             bar.advance(f"a picture by {runtime}-{kind}", steps=0)
-            drawn = draw(model, load_parts(stage, about, runtime, kind, threads), PROMPT, SEED)
+            drawn = draw(model, load_parts(stage, about, sets[kind], runtime, threads), PROMPT, SEED)
             pictures.append({"runtime": runtime, "weights": kind, "psnr": min(round(psnr(drawn, wanted), 2), 200.0),
                              "file": _write_picture(stage, f"{runtime}-{kind}", drawn)})  # fmt: skip
             if kind == "float" and pictures[-1]["psnr"] < LEAST_PSNR:
@@ -205,6 +210,7 @@ def export_phone(
             "picture": {"steps": model.sampling.steps, "guidance": model.sampling.guidance, "pixels": model.pixels},
             "origin": dict(origin or {}),
             "parts": about,
+            "sets": sets,
             "int4": INT4_WHERE,
             "table": table,
             "pictures": {"prompt": PROMPT, "seed": SEED, "least_psnr_of_float": LEAST_PSNR, "drawn": pictures},
@@ -215,12 +221,12 @@ def export_phone(
 
 
 def load_parts(
-    folder: Path, about: Mapping[str, Any], runtime: str, kind: str, threads: int = 1
+    folder: Path, about: Mapping[str, Any], weights: Mapping[str, str], runtime: str, threads: int = 1
 ) -> dict[str, nn.Module]:
-    """The three files of a phone folder as modules that run in their runtime; `about` is the manifest's "parts"."""
+    """The files of a set as modules that run in their runtime; `about` and `weights` are of "parts" and "sets"."""
     found: dict[str, nn.Module] = {}
     for name, part in about.items():
-        path = folder / runtime / f"{name}-{kind}{phone_measure.SUFFIXES[runtime]}"
+        path = folder / runtime / f"{name}-{weights[name]}{phone_measure.SUFFIXES[runtime]}"
         if runtime == "executorch":
             found[name] = executorch.ExecuTorchModule(path)
         else:

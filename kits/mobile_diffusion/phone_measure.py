@@ -143,10 +143,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def chosen_files(manifest: Mapping[str, Any], runtime: str, weights: str) -> dict[str, dict[str, Any]]:
-    """{part: {"path", "sha256", "bytes"}} of one runtime and kind of weights."""
+    """{part: {"path", "sha256", "bytes"}} of one runtime and set of weights."""
     found = {}
     for part in manifest["parts"]:
-        name = f"{runtime}/{part}-{weights}{SUFFIXES[runtime]}"
+        kind = manifest["sets"].get(weights, {}).get(part, weights)
+        name = f"{runtime}/{part}-{kind}{SUFFIXES[runtime]}"
         if name not in manifest["files"]:
             raise MeasureError(f"the folder has no {name}; export with --formats {runtime} --weights {weights}")
         found[part] = {"path": name, **manifest["files"][name]}

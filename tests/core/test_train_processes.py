@@ -60,3 +60,11 @@ def test_two_processes_step_on_the_mean_gradient(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected.model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
     history = json.loads((tmp_path / "0.json").read_text())["history"]
     assert [h["loss"] for h in history] == pytest.approx([h["loss"] for h in expected.history], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_when_the_first_says_so(tmp_path: Path) -> None:
+    ran = run_here("end", str(tmp_path), launch=TWO_PROCESSES)
+    assert ran.returncode == 0, ran.stderr
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [len(t["history"]) for t in told] == [2, 2]

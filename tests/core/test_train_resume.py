@@ -58,6 +58,11 @@ def test_a_killed_training_goes_on_to_the_same_bytes(uninterrupted: Any, tmp_pat
     assert without_seconds(found.history) == without_seconds(uninterrupted.history)
 
 
+def test_a_training_ends_after_the_epoch_that_says_so() -> None:
+    found = train_net(None, on_epoch=lambda done, model: done == 1)
+    assert [entry["epoch"] for entry in found.history] == [0, 1]
+
+
 def test_resuming_a_finished_training_trains_nothing(uninterrupted: Any, tmp_path: Path) -> None:
     train_net(tmp_path)
     found = fit(net(), no_batches, squared, BUSY, steps_per_epoch=STEPS, folder=tmp_path, resume=True)

@@ -79,7 +79,7 @@ def negative_error(model: nn.Module) -> float:
 
 
 def train_net(
-    folder: Path | None, *, resume: bool = False, on_epoch: Callable[[int, nn.Module], None] | None = None
+    folder: Path | None, *, resume: bool = False, on_epoch: Callable[[int, nn.Module], bool | None] | None = None
 ) -> Any:
     return fit(net(), images, squared, BUSY, steps_per_epoch=STEPS, folder=folder, resume=resume,
                evaluate=negative_error, on_epoch=on_epoch)  # fmt: skip
@@ -132,6 +132,12 @@ def double(folder: Path) -> None:
     leave(folder, fit(linear(), rows, squared, PLAIN, steps_per_epoch=STEPS), {})
 
 
+def end_early(folder: Path) -> None:
+    """A training that its first process ends after the second epoch."""
+    found = fit(linear(), rows, squared, PLAIN, steps_per_epoch=STEPS, on_epoch=lambda done, model: done == 1)
+    leave(folder, found, {})
+
+
 def leave(folder: Path, found: Any, about: dict[str, Any]) -> None:
     rank = os.environ["RANK"]
     save_file({k: v.contiguous() for k, v in found.model.state_dict().items()}, str(folder / f"{rank}.safetensors"))
@@ -142,4 +148,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "kill":
         kill(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        {"share": share, "double": double}[sys.argv[1]](Path(sys.argv[2]))
+        {"share": share, "double": double, "end": end_early}[sys.argv[1]](Path(sys.argv[2]))

@@ -108,23 +108,24 @@ def test_packed_folder_is_expanded_as_well(tmp_path: Path) -> None:
         layer = next(m for m in part.modules() if type(m) is torch.nn.Linear)
         replace_module(part, layer, pack_module(layer, 4, 32))
     packed.save(tmp_path / "packed")
-    encoder, unet, _ = phone.parts(load_diffusion(tmp_path / "packed"))
+    loaded = load_diffusion(tmp_path / "packed")
+    encoder, unet, _ = phone.parts(loaded)
     assert encoder.weights_from == unet.weights_from == "expanded from packed layers: 1 of 4 bits"
     with torch.no_grad():
         ids = encoder.graph.inputs["token_ids"]
-        torch.testing.assert_close(encoder.module(ids), packed.encode(ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encoder.module(ids), loaded.encode(ids), rtol=1e-5, atol=1e-5)
 
 
 @needs_mnn
 def test_folder_has_hashes_table_and_timing(exported: Path) -> None:
     manifest = phone_measure.read_manifest(exported)
-    assert [(r["part"], r["weights"]) for r in manifest["table"]] == [
-        (p, w) for p in ("text_encoder", "unet", "vae_decoder") for w in ("float", "int4")
-    ]
-    for part in ("text_encoder", "unet", "vae_decoder"):
+    kinds = [("text_encoder", "int4"), ("unet", "int4"), ("vae_decoder", "int8")]  # as the recipes keep the decoder
+    assert [(r["part"], r["weights"]) for r in manifest["table"]] == [(p, w) for p, k in kinds for w in ("float", k)]
+    assert manifest["sets"]["int4"] == dict(kinds)
+    for part, _ in kinds:
         plain, int4 = (r for r in manifest["table"] if r["part"] == part)
         assert plain["relative"] < 1e-3 and plain["sqnr"] > 60
-        assert int4["bytes"] < plain["bytes"] and 3 < int4["sqnr"] < 40
+        assert int4["bytes"] < plain["bytes"] and 3 < int4["sqnr"] < 60
         assert int4["bytes"] == (exported / int4["file"]).stat().st_size
     assert set(manifest["table"][3]["stored"]) == {"int4"}  # the UNet's convolutions are INT4 too, all of them
     assert len(phone.text_table(manifest).splitlines()) == 9
@@ -137,7 +138,7 @@ def test_exported_files_draw_torch_s_picture(exported: Path, model: Diffusion) -
     manifest = phone_measure.read_manifest(exported)
     plain, int4 = manifest["pictures"]["drawn"]
     assert plain["psnr"] >= phone.LEAST_PSNR > 30 and int4["psnr"] < plain["psnr"]
-    runs = phone.load_parts(exported, manifest["parts"], "mnn", "float")
+    runs = phone.load_parts(exported, manifest["parts"], manifest["sets"]["float"], "mnn")
     drawn = phone.draw(model, runs, "a green square", 3)
     wanted = generate(model, ["a green square"], seeds=3)[0]
     assert psnr(drawn, wanted) >= phone.LEAST_PSNR
@@ -192,10 +193,10 @@ def test_wrong_names_are_refused(model: Diffusion, tmp_path: Path) -> None:
 def test_executorch_runs_all_three_parts(model: Diffusion, tmp_path: Path) -> None:
     manifest = phone.export_phone(model, tmp_path / "out", formats=("executorch",))
     rows = {(r["part"], r["weights"]): r for r in manifest["table"]}
-    for part in ("text_encoder", "unet", "vae_decoder"):
+    for part, kind in manifest["sets"]["int4"].items():
         assert rows[part, "float"]["relative"] < 1e-4
-        assert rows[part, "int4"]["parity"]["sqnr"] > 25  # against torch with the same integers
-        assert rows[part, "int4"]["bytes"] < rows[part, "float"]["bytes"]
+        assert rows[part, kind]["parity"]["sqnr"] > 25  # against torch with the same integers
+        assert rows[part, kind]["bytes"] < rows[part, "float"]["bytes"]
     drawn = {p["weights"]: p["psnr"] for p in manifest["pictures"]["drawn"]}
     assert drawn["float"] >= phone.LEAST_PSNR
     stored = rows["unet", "int4"]["stored"]
@@ -311,7 +312,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         phone._write_example(out / "examples" / part, graph, torch.rand(2, 3))
         parts[part] = {"calls": calls, "inputs": [{"name": n} for n in inputs]}
     manifest = {
-        "format": phone_measure.FORMAT, "kind": phone_measure.KIND, "parts": parts, "files": phone.list_files(out),
+        "sets": {"int4": {}}, "format": phone_measure.FORMAT, "kind": phone_measure.KIND, "parts": parts, "files": phone.list_files(out),
         "table": [], "origin": {"artifact": ARTIFACT, "variant": "int4-torch", "stage": "compressed"},
         "picture": {"steps": 50}, "versions": {"executorch": "1.5.1", "mnn": "3.6.1"},
     }  # fmt: skip
