@@ -23,7 +23,7 @@ FLOORS = (
     {"compress", "train"},
     {"quantization", "pruning", "distillation", "nas"},
     {"export", "evaluation", "search"},
-    {"report"},
+    {"ledger", "report"},
     {"run", "shipped"},
     {"cli"},
 )

@@ -169,7 +169,7 @@ def stored_weights(path: Path | str) -> dict[str, dict[str, int]]:
     data = Path(path).read_bytes()
     found: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as work:
-        graphs = []
+        graphs: list[Path] = []
         for blob in _graphs(data):
             graphs.append(Path(work, f"{len(graphs)}.bin"))
             graphs[-1].write_bytes(blob)

@@ -136,7 +136,8 @@ def convert(source: Path, path: Path, bits: int | None = None, block: int = 64) 
     """
     version()
     options = ["--weightQuantBits", str(bits), "--weightQuantBlock", str(block)] if bits is not None else []
-    with replaced(path) as fresh:
+    source = Path(source).absolute()
+    with replaced(Path(path).absolute()) as fresh:
         # like the command, in a process of its own: the converter may end the process that it runs in
         arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(fresh), "--bizCode", "fitkit"]
         said = _converter([*arguments, *options])
@@ -152,7 +153,9 @@ def stored_weights(path: Path) -> dict[str, dict[str, int]]:
     """
     with tempfile.TemporaryDirectory() as work:
         text = Path(work) / "model.json"
-        said = _converter(["-f", "MNN", "--modelFile", str(path), "--JsonFile", str(text), "--bizCode", "fitkit"])
+        said = _converter(
+            ["-f", "MNN", "--modelFile", str(path.absolute()), "--JsonFile", str(text), "--bizCode", "fitkit"]
+        )
         if not text.is_file():
             raise InputError(f"{path}: MNN's converter cannot read it: {_last_line(said)}")
         operators = json.loads(text.read_text(encoding="utf-8", errors="replace"))["oplists"]
@@ -169,8 +172,14 @@ def stored_weights(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _converter(arguments: Sequence[str]) -> str:
-    """Everything that the converter says; it ends with 0 even where it fails."""
-    ran = subprocess.run([sys.executable, "-c", CONVERTER, *arguments], capture_output=True, text=True, check=False)
+    """Everything that the converter says; it ends with 0 even where it fails. Paths among the arguments are absolute.
+
+    It keeps weights in a file of one fixed name in the current folder meanwhile: two conversions in one folder would
+    take each other's, so that each gets a folder of its own.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        command = [sys.executable, "-c", CONVERTER, *arguments]
+        ran = subprocess.run(command, cwd=own, capture_output=True, text=True, errors="replace", check=False)
     return ran.stdout + ran.stderr
 
 

@@ -116,7 +116,7 @@ def recover(model: nn.Module, step: Recover, context: Context) -> Outcome:
                 layers[name].low_rank_a, layers[name].low_rank_b = old_a, old_b
             what = f"trained for {step.epochs} epochs in vain, so no low-rank term was kept: {told}"
             return Outcome(model, [{**line, "what": what}], skipped, {"layers": {}})
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "layer": name,
             "what": f"low-rank term of rank {step.rank} in FP16 beside the packed weight",

@@ -45,8 +45,8 @@ MASKED = -1e4
 INT4_WHERE = (
     "ExecuTorch's int4: Linear layers at 4 bits in groups of 32, convolutions at 8 bits (XNNPACK has no INT4 "
     "convolution); MNN's int4: convolutions and Linear layers at 4 bits in blocks of 64. Both round the float weights "
-    "anew; a packed layer is first expanded to floats, so its own integers are not in these files. The set int4 has the "
-    "VAE's decoder at 8 bits."
+    "anew; a packed layer is first expanded to floats, so its own integers are not in these files. The set int4 has "
+    "the VAE's decoder at 8 bits."
 )
 IN_SET = {"int4": {"vae_decoder": "int8"}}
 """Where a set of files has other weights than its name says: a decoder of 4 bits spoils every picture."""
@@ -165,12 +165,12 @@ def export_phone(
 ) -> dict[str, Any]:
     """Write every part in every format into `out` with `manifest.json`, and return the manifest.
 
-    `weights` are sets of files: "float", "int8", or "int4" with the decoder at 8 bits; `threads` of MNN here. The manifest holds the hashes, a row for each file
-    ("table": bytes, largest difference from torch relative to the peak, SQNR, weights by type as read from the file,
-    operators left out of XNNPACK) and, for each runtime and kind of weights, the PSNR of a whole picture drawn by the
-    three files against torch's ("pictures", which lie beside it). `origin` is where the model comes from, see `source`.
-    An older folder stays as it was after a failure. Raises InputError for wrong arguments or without the extra `phone`,
-    ParityError where a runtime disagrees.
+    `weights` are sets of files: "float", "int8", or "int4" with the decoder at 8 bits; `threads` of MNN here. The
+    manifest holds the hashes, a row for each file ("table": bytes, largest difference from torch relative to the peak,
+    SQNR, weights by type as read from the file, operators left out of XNNPACK) and, for each runtime and set, the PSNR
+    of a whole picture drawn by the three files against torch's ("pictures", which lie beside it). `origin` is where the
+    model comes from, see `source`. An older folder stays as it was after a failure. Raises InputError for wrong
+    arguments or without the extra `phone`, ParityError where a runtime disagrees.
     """
     _check(formats, weights)
     table: list[dict[str, Any]] = []
@@ -188,7 +188,7 @@ def export_phone(
                 bar.advance(f"{runtime} {name}", steps=0)
                 table += _export_part(part, stage, runtime, list(dict.fromkeys(s[name] for s in sets.values())))
                 bar.advance()
-        pictures = []
+        pictures: list[dict[str, Any]] = []
         wanted = generate(model, [PROMPT], seeds=SEED, watch=False)[0]
         _write_picture(stage, "torch", wanted)
         for runtime, kind in kinds:

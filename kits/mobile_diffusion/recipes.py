@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.kit import Recipe
-from core.quantization import Pack
+from core.quantization import Pack, Recover
 from kits.mobile_diffusion.blocks import RemoveAttention, RemoveBlocks
 from kits.mobile_diffusion.distil import DistilSteps, DistilStudent
 from kits.mobile_diffusion.shipped import TakeShipped
@@ -37,6 +37,12 @@ RECIPES = {
         Recipe(READY, (TakeShipped(),), "seconds", "the student that ships with the default model, made by `whole`"),
         Recipe("int4", (INT4,), "about two minutes for the default model", "INT4 weights, convolutions included"),
         Recipe("int4-nearest", (NEAREST,), "seconds; under three minutes for SD-1.5", "INT4 without calibration"),
+        Recipe(
+            "int4-recovered",
+            (INT4, Recover(rank=8, epochs=3, lr=1e-3, batch_size=32, samples=2048, layers=("unet.*",))),
+            "not timed yet",
+            "INT4 with low-rank terms beside the weights, trained against the original",
+        ),
         Recipe(
             "attention",
             (FEWER_ATTENTION, DistilStudent(epochs=4, lr=5e-4)),

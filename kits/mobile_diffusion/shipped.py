@@ -108,8 +108,8 @@ def ship(trained: Path, run: Path, weights: Path = WEIGHTS, note: str = "") -> N
 
 def _told(changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a step said of the model as a whole, and the number of layers that it packed."""
-    told = [{"layer": row["layer"], "what": row["what"]} for row in changed if "weight_sqnr" not in row]
-    if packed := len(changed) - len(told):
+    told = [{"layer": row["layer"], "what": row["what"]} for row in changed if row["layer"] in ("", "(model)", "unet")]
+    if packed := sum("weight_sqnr" in row for row in changed):
         told.append({"layer": "(model)", "what": f"{packed} layers packed"})
     return told
 

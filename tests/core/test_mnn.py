@@ -69,6 +69,16 @@ def test_float_agrees_and_int4_is_what_rounding_predicts(tmp_path: Path) -> None
 
 
 @needs_mnn
+def test_conversion_leaves_the_current_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the converter keeps weights in a file of this name meanwhile, and two conversions at once would mix theirs
+    (tmp_path / ".__convert_external_data.bin").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = to_mnn(Small().eval(), graph(), Path("out"), weights=("float",))["float"]
+    assert found.error["out"].max_abs <= 1e-5 * found.error["out"].peak
+    assert {p.name for p in tmp_path.iterdir()} == {".__convert_external_data.bin", "out"}
+
+
+@needs_mnn
 def test_file_runs_again_and_says_what_it_takes(tmp_path: Path) -> None:
     model, g = Small().eval(), graph()
     record = to_mnn(model, g, tmp_path, weights=("float",))["float"].to_json()

@@ -312,7 +312,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         phone._write_example(out / "examples" / part, graph, torch.rand(2, 3))
         parts[part] = {"calls": calls, "inputs": [{"name": n} for n in inputs]}
     manifest = {
-        "sets": {"int4": {}}, "format": phone_measure.FORMAT, "kind": phone_measure.KIND, "parts": parts, "files": phone.list_files(out),
+        "sets": {"int4": {}},
+        "format": phone_measure.FORMAT, "kind": phone_measure.KIND, "parts": parts, "files": phone.list_files(out),
         "table": [], "origin": {"artifact": ARTIFACT, "variant": "int4-torch", "stage": "compressed"},
         "picture": {"steps": 50}, "versions": {"executorch": "1.5.1", "mnn": "3.6.1"},
     }  # fmt: skip
