@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.cli import main
 from core.compress import compress
-from core.export import Artifact, export
+from core.export import Artifact, export_kit
 from core.figures import Gate
 from core.hardware import estimate, target, targets
 from core.kit import InputError, Kit, Recipe, Step, load
@@ -54,11 +54,17 @@ def samples(kit: Kit) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
+def reported(kit: Kit) -> list[Any]:
+    """Two samples of those that are reported."""
+    return list(islice(kit.dataset(None, kit.report_split(None), "smoke"), 2))
+
+
+@pytest.fixture(scope="module")
 def artifact(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """What the kit ships, exported for every runtime."""
     models, meta = kit.shipped()
     out = tmp_path_factory.mktemp(kit.name) / "artifact"
-    return export(models, kit.exports(), kit.default_target, out, kit=kit.name, meta=meta)
+    return export_kit(models, kit, kit.default_target, out, meta)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -86,9 +92,13 @@ def test_six_files_are_there(name: str) -> None:
 
 def test_weights_are_safetensors_with_a_card(name: str) -> None:
     folder = ROOT / "kits" / name / "weights"
-    weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert weights, f"kits/{name}/weights: no safetensors"
-    strange = sorted(p.name for p in folder.iterdir() if p.suffix not in (".safetensors", ".json", ".md"))
+    found = sorted(folder.rglob("*.safetensors"))
+    assert found, f"kits/{name}/weights: no safetensors"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25_000_000
+    # a file by its name, a model that is a folder by that of the folder
+    weights = sorted({path.relative_to(folder).parts[0] for path in found})
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    strange = sorted(p.name for p in files if p.suffix not in (".safetensors", ".json", ".md", ".txt"))
     assert not strange, f"kits/{name}/weights: {strange[0]} is neither safetensors, JSON nor a card"
     cards = " ".join(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
     unnamed = [file for file in weights if file not in cards]
@@ -135,6 +145,9 @@ def test_splits_are_disjoint_and_repeatable(kit: Kit) -> None:
     for split, samples in splits.items():
         again = kit.dataset(None, split, "smoke")
         assert len(again) == len(samples)
+        if split == "test" and kit.name == "mobile_diffusion":  # prompts, of which no batch is made
+            assert list(again) == list(samples)
+            continue
         first, same = (next(iter(kit.batches([s[0]], 1, train=False))) for s in (samples, again))
         assert all(map(torch.equal, tensors(kit.inputs(first)), tensors(kit.inputs(same)))), split
     with pytest.raises(InputError, match="nowhere"):
@@ -184,7 +197,7 @@ def test_a_few_steps_lower_the_loss(kit: Kit, samples: list[Any]) -> None:
 
 def test_shipped_models_are_those_of_the_kit(kit: Kit) -> None:
     models, meta = kit.shipped()
-    assert set(models) == {"fp32", "int8"}
+    assert len(models) == 2 and set(models) <= {"fp32", "int8", "int4"} and "fp32" in models
     assert json.loads(json.dumps(meta)) == meta
     for key, value in kit.model().state_dict().items():
         assert torch.equal(value, models["fp32"].state_dict()[key]), key
@@ -210,10 +223,10 @@ def test_export_agrees_with_torch(kit: Kit, artifact: Artifact, samples: list[An
                 assert noise < limit, f"{variant.name}, {output}: relative error {noise:.2g}"
 
 
-def test_artifact_scores_like_torch(kit: Kit, artifact: Artifact, samples: list[Any]) -> None:
+def test_artifact_scores_like_torch(kit: Kit, artifact: Artifact, reported: list[Any]) -> None:
     precise = next(v.name for v in artifact.variants.values() if v.precision == "fp32")
-    ours = kit.score(kit.model(), samples[:2], artifact.meta)
-    shipped = kit.score(artifact.as_module(precise, 1), samples[:2], artifact.meta)
+    ours = kit.score(kit.model(), reported, artifact.meta)
+    shipped = kit.score(artifact.as_module(precise, 1), reported, artifact.meta)
     assert kit.headline in ours and ours.keys() == shipped.keys()
     for metric, (value, unit) in ours.items():
         assert isinstance(unit, str)
@@ -280,12 +293,15 @@ def test_every_gate_names_a_figure_that_is_produced(finished: Path, kit: Kit) ->
     data = json.loads((finished / "report.json").read_text())
     produced = {(figure["name"], figure["stage"]) for figure in data["figures"]}
     missing = [gate.figure for gate in kit.gates if (gate.figure, gate.stage) not in produced]
+    missing = [figure for figure in missing if not figure.startswith("sd15_")]  # of a full run alone
     assert not missing, f"no run produces {', '.join(missing)}; produced: {sorted(produced)}"
     assert [gate["name"] for gate in data["gates"]] == [gate.name for gate in kit.gates]
 
 
 def inputs_of(sample: Any) -> list[str]:
-    """The INPUTs of `fitkit predict` for a sample: the files that it names, in the order of its fields."""
+    """The INPUTs of `fitkit predict` for a sample: its text, or the files that it names, in the order of its fields."""
+    if isinstance(text := getattr(sample, "text", None), str):
+        return [text]
     files = [str(value) for value in vars(sample).values() if isinstance(value, Path)]
     assert files, f"{type(sample).__name__} names no file that predict could be given"
     return files
@@ -308,12 +324,12 @@ def test_predict_writes_its_files(
 
 
 def test_evaluate_writes_predictions_and_metrics(
-    kit: Kit, artifact: Artifact, samples: list[Any], tmp_path: Path
+    kit: Kit, artifact: Artifact, reported: list[Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    metrics = kit.evaluate(artifact.as_module(threads=1), samples[:2], artifact.meta, out)
+    metrics = kit.evaluate(artifact.as_module(threads=1), reported, artifact.meta, out)
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert len(list((out / "predictions").iterdir())) == 2
+    assert len([p for p in (out / "predictions").iterdir() if p.name != "prompts.json"]) == 2
 
 
 @pytest.mark.parametrize(

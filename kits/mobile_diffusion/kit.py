@@ -38,7 +38,6 @@ class MobileDiffusion:
 
     name = "mobile_diffusion"
     title = "Mobile diffusion: INT4 Stable Diffusion, convolutions included"
-    recipes: Mapping[str, Recipe] = RECIPES
     default_target = "snapdragon-8-gen-2"
     headline = "alignment"
     rate_hz = 1.0
@@ -47,6 +46,7 @@ class MobileDiffusion:
 
     def __init__(self, original: Diffusion | None = None, default_recipe: str | None = None) -> None:
         self._original = original
+        self.recipes: Mapping[str, Recipe] = {k: r for k, r in RECIPES.items() if k != READY or shipped.is_there()}
         self.default_recipe = default_recipe or (READY if shipped.is_there() else DEFAULT)
         self._batches: Batches | None = None
 
@@ -60,7 +60,9 @@ class MobileDiffusion:
         folder = weights or shipped.DEFAULT
         if (folder / "model" / "model_index.json").is_file():
             folder = folder / "model"
-        return load_diffusion(folder if folder.exists() else str(folder))  # a hub id is no folder
+        model = load_diffusion(folder if folder.exists() else str(folder))  # a hub id is no folder
+        model.vae.requires_grad_(False)  # batches are latents, so no loss sees it
+        return model
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """The model as trained, and the packed student of it, or where none ships, the model itself packed."""

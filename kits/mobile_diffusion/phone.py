@@ -117,11 +117,12 @@ def parts(model: Diffusion, seed: int = 0) -> Iterator[Part]:
     config, draws = model.unet.config, torch.Generator().manual_seed(seed)
     guided = model.sampling.guidance > 1 and config.time_cond_proj_dim is None
     rows, side = 2 if guided else 1, config.sample_size
-    length, width = model.tokenizer.model_max_length, model.text_encoder.config.hidden_size
+    length = model.tokenizer.model_max_length
     ids = model.tokens(["", PROMPT][-rows:])
     latents = torch.randn(rows, config.in_channels, side, side, generator=draws)
     timesteps = _timesteps(model)[:1].float().repeat(rows)
-    text = torch.randn(rows, length, width, generator=draws)
+    with torch.no_grad():
+        text = model.encode(ids).float()
 
     encoder, source = _floats(model.text_encoder)
     yield Part(TextEncoderPart(encoder, length), Graph("text_encoder", {"token_ids": ids}, ("text",)), 1, source)

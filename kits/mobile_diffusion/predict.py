@@ -40,6 +40,7 @@ from kits.mobile_diffusion.memory import plan_generation, skeleton
 from kits.mobile_diffusion.model.pipeline import Diffusion, _sampling, load_diffusion
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.IGNORECASE)
+_PATH = re.compile(r"\S*/\S*|\S+\.(png|jpe?g|webp|bmp|gif|json|jsonl|csv|md|safetensors)", re.IGNORECASE)
 _CELL, _MARGIN, _LINE = 256, 8, 18
 _INK, _FAINT = (40, 40, 40), (120, 120, 120)
 _MOST_PROMPTS = 10_000
@@ -73,7 +74,13 @@ def read_prompts(inputs: Sequence[str]) -> list[str]:
     prompts: list[str] = []
     for text in inputs:
         path = Path(text)
+        if path.is_dir():
+            raise InputError(f"{path}: a folder; give prompts, or a .txt file with a prompt a line")
         if path.suffix.lower() != ".txt":
+            if _PATH.fullmatch(text):
+                raise InputError(
+                    f"{path}: looks like a file, and prompts are read from .txt files alone; say what to draw"
+                )
             prompts.append(text.strip())
             continue
         if not path.is_file():

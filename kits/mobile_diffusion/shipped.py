@@ -140,6 +140,7 @@ def _text(report: dict[str, Any], parts: dict[str, nn.Module], total: int, note:
         " captions in a language of some fifty words. No picture or text from elsewhere.",
         "- **Held out**: one composition of five (looks alone, by count, by size, on a ground; pairs; relations) is"
         " never trained on; the 600 prompts of `data/prompts/evaluation.txt` ask for such compositions alone.",
+        "- **Seeds**: those of the plan in `training.py`; they fix data, weights at the start and noise.",
         f"- **Commands**: {', then '.join(f'`{c}`' for c in commands)}.",
         *([f"- **Of these weights**: {note}"] if note else []),
         "", f"Alignment in % ({today()}, decided by image processing, see `alignment.py`), as trained and after recipe"

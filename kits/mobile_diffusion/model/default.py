@@ -64,7 +64,7 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "trailing",  # the first step starts from pure noise, as the schedule's last one is
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,  # what Stable Diffusion pipelines expect; "trailing" does not use it
 }
 
 
