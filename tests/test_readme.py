@@ -30,19 +30,25 @@ def test_tables_are_those_of_the_stored_reports() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python benchmarks/readme.py"
 
 
-@pytest.mark.parametrize("readme", ["README.md", "kits/pcb_inspection/README.md"])
+KITS = ("pcb_inspection", "mobile_diffusion")
+
+
+@pytest.mark.parametrize("readme", ["README.md", *(f"kits/{name}/README.md" for name in KITS)])
 def test_options_in_the_readme_exist(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
-    kit = load("pcb_inspection")
-    helps = {name: sub.format_help() for name, sub in parser(kit)._subparsers._group_actions[0].choices.items()}  # type: ignore[union-attr, index]
+    helps = {
+        name: {c: sub.format_help() for c, sub in parser(load(name))._subparsers._group_actions[0].choices.items()}  # type: ignore[union-attr, index]
+        for name in KITS
+    }
     lines = re.findall(r"fitkit (list|run|train|evaluate|bench|predict)([^\n`]*)", text)
     assert len(lines) > 4
     for command, rest in lines:
-        for option in re.findall(r"--[a-z][a-z-]+", rest):
-            assert option in helps[command], f"{readme}: fitkit {command} has no {option}"
+        kit = next((name for name in KITS if name in rest), KITS[0])
+        for option in re.findall(r"(?<!\S)--[a-z][a-z-]+", rest):
+            assert option in helps[kit][command], f"{readme}: fitkit {command} {kit} has no {option}"
 
 
-@pytest.mark.parametrize("readme", ["README.md", "CONTRIBUTING.md", "kits/pcb_inspection/README.md"])
+@pytest.mark.parametrize("readme", ["README.md", "CONTRIBUTING.md", *(f"kits/{name}/README.md" for name in KITS)])
 def test_links_lead_somewhere(readme: str) -> None:
     path = ROOT / readme
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):

@@ -12,7 +12,9 @@ import argparse
 import copy
 import inspect
 import json
+import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -367,6 +369,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--variant", help="of the run's artifact (default: the compressed model)")
     parser.add_argument("--threads", type=int, default=1, help="of MNN here (default 1)")
     o = parser.parse_args(arguments)
+    _quiet()
     try:
         folder, origin = source(o.folder, o.variant)
         manifest = export_phone(
@@ -377,6 +380,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(text_table(manifest))
     return 0
+
+
+def _quiet() -> None:
+    """Keep the chatter of libraries out of the user's sight, as `fitkit` does."""
+    for library in ("bitsandbytes", "peft"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

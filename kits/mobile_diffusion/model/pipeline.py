@@ -230,16 +230,18 @@ def building(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the bars that transformers shows while it reads and writes a file."""
+    """Without the bars that transformers and diffusers show while they read and write a file."""
+    from diffusers.utils import logging as others
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [library for library in (logging, others) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _folder(folder_or_id: str | Path) -> Path:
