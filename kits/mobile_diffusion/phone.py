@@ -185,11 +185,16 @@ def export_phone(
             name, inputs = part.graph.name, tuple(part.graph.inputs.values())
             reference = Reference.of(part.module, inputs)
             about[name] = {**described(part.graph, reference), "calls": part.calls, "weights_from": part.weights_from}
-            _write_example(stage / "examples" / name, part.graph, reference.outputs[0])
             del reference
+            _write_example(stage / "examples" / name, part.graph)
             for runtime in formats:
                 bar.advance(f"{runtime} {name}", steps=0)
-                table += _export_part(part, stage, runtime, list(dict.fromkeys(s[name] for s in sets.values())))
+                made = _export_part(part, stage, runtime, list(dict.fromkeys(s[name] for s in sets.values())))
+                for row in made:
+                    run = _load(stage / row["file"], about[name], runtime, threads)
+                    example = stage / "examples" / name / f"{runtime}-{row['weights']}.bin"
+                    example.write_bytes(_raw(run(*inputs)))
+                table += made
                 bar.advance()
         pictures: list[dict[str, Any]] = []
         wanted = generate(model, [PROMPT], seeds=SEED, watch=False)[0]
@@ -227,15 +232,18 @@ def load_parts(
     folder: Path, about: Mapping[str, Any], weights: Mapping[str, str], runtime: str, threads: int = 1
 ) -> dict[str, nn.Module]:
     """The files of a set as modules that run in their runtime; `about` and `weights` are of "parts" and "sets"."""
-    found: dict[str, nn.Module] = {}
-    for name, part in about.items():
-        path = folder / runtime / f"{name}-{weights[name]}{phone_measure.SUFFIXES[runtime]}"
-        if runtime == "executorch":
-            found[name] = executorch.ExecuTorchModule(path)
-        else:
-            names = ([i["name"] for i in part["inputs"]], [o["name"] for o in part["outputs"]])
-            found[name] = mnn.MnnModule(path, *names, threads)
-    return found
+    return {
+        name: _load(
+            folder / runtime / f"{name}-{weights[name]}{phone_measure.SUFFIXES[runtime]}", part, runtime, threads
+        )
+        for name, part in about.items()
+    }
+
+
+def _load(path: Path, part: Mapping[str, Any], runtime: str, threads: int) -> nn.Module:
+    if runtime == "executorch":
+        return executorch.ExecuTorchModule(path)
+    return mnn.MnnModule(path, [i["name"] for i in part["inputs"]], [o["name"] for o in part["outputs"]], threads)
 
 
 @torch.no_grad()
@@ -306,16 +314,19 @@ def _export_part(part: Part, stage: Path, runtime: str, weights: Sequence[str]) 
     return rows
 
 
-def _write_example(folder: Path, graph: Graph, output: Tensor) -> None:
-    """What the runners on the phone read, and what torch makes of it: raw bytes for ExecuTorch's, text for MNN's."""
+def _write_example(folder: Path, graph: Graph) -> None:
+    """What the runners on the phone read: raw bytes for ExecuTorch's, text for MNN's."""
     folder.mkdir(parents=True)
     inputs = []
     for name, tensor in graph.inputs.items():
-        (folder / f"{name}.bin").write_bytes(tensor.contiguous().numpy().tobytes())
+        (folder / f"{name}.bin").write_bytes(_raw(tensor))
         (folder / f"{name}.txt").write_text("\n".join(repr(v) for v in tensor.flatten().tolist()) + "\n")
         inputs.append({"name": name, "shape": list(tensor.shape)})
     (folder / "input.json").write_text(json.dumps({"inputs": inputs, "outputs": list(graph.outputs)}))
-    (folder / "expected.bin").write_bytes(output.detach().float().contiguous().numpy().tobytes())
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
 
 
 def source(given: Path, variant: str | None = None) -> tuple[Path, dict[str, str]]:

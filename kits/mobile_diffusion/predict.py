@@ -74,7 +74,7 @@ def read_prompts(inputs: Sequence[str]) -> list[str]:
     prompts: list[str] = []
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
+        if text.strip() and path.is_dir():
             raise InputError(f"{path}: a folder; give prompts, or a .txt file with a prompt a line")
         if path.suffix.lower() != ".txt":
             if _PATH.fullmatch(text):
