@@ -105,7 +105,9 @@ class Run:
                 *([stacked] if stacked is not None else []),
                 *tables,
             ],
-            pictures=self.kit.pictures(artifact.as_module(threads=THREADS), samples, artifact.meta),
+            pictures=self.kit.pictures(
+                artifact.as_module(_compressed(artifact, precisions["compressed"]), THREADS), samples, artifact.meta
+            ),
             notes=[
                 f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and of "
                 "every choice it makes.",
@@ -207,9 +209,7 @@ class Run:
         """What the kit finds with both models side by side."""
 
         def make() -> dict[str, Any]:
-            # what was compressed, also where the original is the faster one here and recommended
-            name = next(v.name for v in artifact.variants.values() if v.precision == precision)
-            small = artifact.as_module(name, THREADS)
+            small = artifact.as_module(_compressed(artifact, precision), THREADS)
             figures, tables = self.kit.compare(original, small, samples, artifact, self.preset, self.out / "compare")
             return {"figures": [f.to_json() for f in figures], "tables": tables}
 
@@ -321,6 +321,12 @@ class Run:
                         }
                     )
         return rows
+
+
+def _compressed(artifact: Artifact, precision: str) -> str:
+    """The variant of what was compressed, also where the original is the faster one here and so the chosen one."""
+    names = [v.name for v in artifact.variants.values() if v.precision == precision]
+    return artifact.chosen if artifact.chosen in names else names[0]
 
 
 def _names(original: nn.Module, small: nn.Module) -> dict[Stage, str]:
