@@ -35,8 +35,8 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(READY, (TakeShipped(),), "seconds", "the student that ships with the default model, made by `whole`"),
-        Recipe("int4", (INT4,), "about two minutes for the default model", "INT4 weights, convolutions included"),
-        Recipe("int4-nearest", (NEAREST,), "seconds; under three minutes for SD-1.5", "INT4 without calibration"),
+        Recipe("int4", (INT4,), "about ten seconds for the default model", "INT4 weights, convolutions included"),
+        Recipe("int4-nearest", (NEAREST,), "seconds, for SD-1.5 as well", "INT4 without calibration"),
         Recipe(
             "int4-recovered",
             (INT4, Recover(rank=8, epochs=3, lr=1e-3, batch_size=32, samples=2048, layers=("unet.*",))),
