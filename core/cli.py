@@ -242,9 +242,8 @@ def _predict(kit: Any, options: argparse.Namespace) -> int:
     kit.check(options.inputs)
     out = options.out or Path("runs") / f"{kit.name}-predict"
     if folder.RUNTIME in kit.runtimes and options.artifact is not None and (options.artifact / folder.INDEX).is_file():
-        print(
-            kit.predict(options.artifact, options.inputs, {}, out, options)
-        )  # a model's folder, and no artifact of it
+        # the folder of a model, and no artifact of it
+        print(kit.predict(options.artifact, options.inputs, {}, out, options))
         return DONE
     artifact = _artifact(kit, options.artifact)
     ready = artifact.folder_of(options.variant) or artifact.as_module(options.variant, threads=2)

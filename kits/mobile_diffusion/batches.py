@@ -15,7 +15,7 @@ from kits.mobile_diffusion.data.default import Captioned
 from kits.mobile_diffusion.model.pipeline import Diffusion
 
 DROPPED = 0.1
-"""Share of captions that are left out, so that the prediction without a prompt is trained and calibrated too."""
+"""Share of captions that are left out of training batches, so that the prediction without a prompt is trained too."""
 _CHUNK = 64
 
 

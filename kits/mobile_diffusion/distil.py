@@ -330,9 +330,8 @@ def _paths(teacher: Diffusion, step: DistilSteps, guidance: float, context: Cont
 
 def _number(step: DistilSteps, context: Context) -> int:
     """Paths to compute: a batch for the trace's figures, and those to train on, of which a short trial takes few."""
-    return step.batch_size + (
-        min(step.trajectories, 4 * step.batch_size) if context.preset == "smoke" else step.trajectories
-    )
+    few = min(step.trajectories, 4 * step.batch_size)
+    return step.batch_size + (few if context.preset == "smoke" else step.trajectories)
 
 
 def _captions(step: DistilSteps, context: Context, left: int) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ from core.files import writing
 from core.hardware.memory_plan import PeakPlan, choose, parse_bytes, resident_bytes
 from core.kit import InputError
 from core.progress import progress
+from kits.mobile_diffusion.data import captions
 from kits.mobile_diffusion.fidelity import psnr, ssim
 from kits.mobile_diffusion.generate import (
     Way,
@@ -83,16 +84,7 @@ def read_prompts(inputs: Sequence[str]) -> list[str]:
                 )
             prompts.append(text.strip())
             continue
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give a text file with a prompt a line, or the prompt itself")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text; save it as UTF-8, a prompt a line") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise InputError(f"{path}: no prompts in it; write one a line")
-        prompts += found
+        prompts += captions.read_prompts(path)
     if not prompts or not all(prompts):
         raise InputError("an empty prompt; say what to draw, for example: a red circle left of a blue square")
     if len(prompts) > _MOST_PROMPTS:

@@ -177,8 +177,8 @@ def test_prompt_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"a red circle\xe9")
     for name, why in (
-        ("none.txt", "No such file"),
-        ("empty.txt", "no prompt found"),
+        ("none.txt", "no such file"),
+        ("empty.txt", "no prompts in it"),
         ("latin.txt", "byte 12 is not UTF"),
     ):
         with pytest.raises(InputError, match=why):

@@ -105,15 +105,15 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises InputError where the file is missing, not text, or holds no prompt.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a text file with a prompt a line, or the prompt itself")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a text file with one prompt a line") from error
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the prompts as UTF-8 text") from error
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text, a prompt a line") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"{path}: no prompt found; write one a line")
+        raise InputError(f"{path}: no prompts in it; write one a line")
     return prompts
 
 
