@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from core.evaluation.measure import device
 from core.files import read_object, write_text
 from core.kit import Context, InputError
 from core.progress import progress
-from core.quantization.pack import Pack, pack_model
+from core.quantization.pack import Pack, float16_bytes, pack_model
 from core.report.tables import markdown_tables
 from kits.mobile_diffusion import shipped
 from kits.mobile_diffusion.kit import MobileDiffusion
@@ -301,7 +301,8 @@ def _constant(node: Any) -> Any:
 
 _REST = ("text_encoder.*=16", "vae.*=16", *(text for text in KEPT if text.startswith("unet.")))
 """Only the UNet is compared; in it the kit's recipes keep first and last layer in FP16, the time embedding in INT8."""
-_FOUND: dict[str, Any] = {"group_size": GROUP, "overrides": list(_REST)}
+_GROUPS = {"group_size": GROUP}
+_FOUND: dict[str, Any] = {**_GROUPS, "overrides": list(_REST)}
 
 
 def _packed(title: str, bits: int, rounding: str, **more: Any) -> Tool:
@@ -310,12 +311,28 @@ def _packed(title: str, bits: int, rounding: str, **more: Any) -> Tool:
     return Tool(title, "fitkit", settings, _fitkit(step), needs_training=step.needs_inputs)
 
 
+def _mixed(folder: Path, plan: nn.Module, threads: int) -> Compressed:
+    """4, 8 and 16 bits by measured sensitivity within the bytes that "fitkit INT4" takes."""
+    context = Context(MobileDiffusion(load_diffusion(folder)), load_diffusion(folder))
+    uniform = load_diffusion(folder)
+    pack_model(uniform, Pack(group_size=GROUP, overrides=_REST, rounding="nearest"), context)
+    step = replace(
+        INT4, overrides=("text_encoder.*=16", "vae.*=16"), budget_share=None, budget_mb=float16_bytes(uniform) / 1e6
+    )
+    return _fitkit(step)(folder, plan, threads)
+
+
 _LAYERS = "its own layers: diffusers' BitsAndBytesConfig asks for a GPU"
 TOOLS: dict[str, Tool] = {
     "fitkit-int4": _packed("fitkit INT4, nearest", 4, "nearest"),
     "fitkit-int4-compensated": _packed(
         "fitkit INT4, compensated", 4, "compensated",
         bias_correction=True, samples=INT4.samples, batch_size=INT4.batch_size,
+    ),
+    "fitkit-int4-mixed": Tool(
+        "fitkit INT4, INT8, FP16 by sensitivity", "fitkit",
+        {"step": "Pack", "candidates": list(INT4.candidates), "bytes": "those of fitkit INT4", **_GROUPS}, _mixed,
+        needs_training=True,
     ),
     "fitkit-int8": _packed("fitkit INT8, nearest", 8, "nearest"),
     "bitsandbytes-nf4": Tool(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from core.report import read_json
 from core.report.tables import markdown_gates, markdown_results, markdown_tables, replace_block
@@ -16,6 +17,25 @@ BLOCKS = {
 """README -> kit whose stored report fills the block of that name -> what of it is shown."""
 
 
+RECIPES = {
+    "alignment": "alignment [%]",
+    "accuracy_loss": "lost [points]",
+    "speedup": "speed [x]",
+    "size_ratio": "bytes of FP32",
+}
+"""Figures of a recipe on its own, by the title of their column."""
+
+
+def markdown_recipes(reports: list[dict[str, Any]]) -> str:
+    """A row for each recipe's stored report; the figures are measured, each against the original in its own run."""
+    lines = ["| recipe | " + " | ".join(RECIPES.values()) + " |", "|:--" + "|--:" * len(RECIPES) + "|"]
+    for report in reports:
+        found = {f["name"]: f["value"] for f in report["figures"] if f["stage"] == "compressed"}
+        values = [f"{found[name]:.3g}" if name in found else "" for name in RECIPES]
+        lines.append(f"| `{report['recipe']['name']}` | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
@@ -25,6 +45,8 @@ def rendered() -> dict[Path, str]:
         for kit, parts in blocks.items():
             report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
             text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
+        if kept := sorted((ROOT / "benchmarks" / "reports" / path.parent.name).glob("recipe-*.json")):
+            text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         texts[path] = text
     return texts
 

@@ -104,6 +104,15 @@ class Context:
 
 
 @runtime_checkable
+@runtime_checkable
+class Calibrated(Protocol):
+    """A kit whose loss leaves layers out that its results depend on, such as a decoder that is not trained."""
+
+    def calibration(self, batch: Any) -> tuple[Tensor, ...]:
+        """The positional arguments for a batch with which the network runs every layer that counts."""
+        ...
+
+
 class Kit(Protocol):
     """A task: model, data, loss, score, gates, recipes.
 

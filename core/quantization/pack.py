@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.compress import Outcome, Skipped, handles
-from core.kit import Context, InputError, Step
+from core.kit import Calibrated, Context, InputError, Step
 from core.progress import progress
 from core.quantization.budget import choose_bits
 from core.quantization.compensation import Moments, blocks, compensate, mean_error, moment_bytes
@@ -33,8 +33,9 @@ class Pack(Step):
     `overrides` are "pattern=bits" (fnmatch on layer names, the first that matches counts; 16 leaves a layer in FP16).
     `rounding` is "nearest", "mse" (scales of least squared error) or "compensated" (GPTQ, on calibration inputs).
     `bias_correction` folds the mean error of each output channel into the bias, where a layer has one. With
-    `budget_mb`, in 1e6 bytes for the whole model with everything else in FP16, each layer without an override gets
-    one of `candidates` by measured sensitivity. Calibration takes `samples` of the training split.
+    `budget_mb`, in 1e6 bytes for the whole model with everything else in FP16, or `budget_share`, of the bytes of the
+    whole model in FP16, each layer without an override gets one of `candidates` by measured sensitivity. Calibration
+    takes `samples` of the training split, sensitivity the first batch of `batch_size` of them.
     """
 
     bits: int = 4
@@ -43,6 +44,7 @@ class Pack(Step):
     rounding: Literal["nearest", "mse", "compensated"] = "mse"
     bias_correction: bool = False
     budget_mb: float | None = None
+    budget_share: float | None = None
     candidates: tuple[int, ...] = (4, 8, 16)
     samples: int = 32
     batch_size: int = 8
@@ -55,6 +57,10 @@ class Pack(Step):
                 raise InputError(f"Pack.{field} is {getattr(self, field)}; expected at least 1")
         if self.budget_mb is not None and not (self.budget_mb > 0 and math.isfinite(self.budget_mb)):
             raise InputError(f"Pack.budget_mb is {self.budget_mb}; expected a positive number or none")
+        if self.budget_share is not None and not (0 < self.budget_share <= 1 and self.budget_mb is None):
+            raise InputError(
+                f"Pack.budget_share is {self.budget_share}; expected more than 0 and at most 1, without budget_mb"
+            )
         if not self.candidates:
             raise InputError("Pack.candidates is empty; expected widths such as (4, 8, 16)")
         for bits in (self.bits, *self.candidates, *(bits for _, bits in self.patterns)):
@@ -75,7 +81,12 @@ class Pack(Step):
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration inputs are run through the model."""
-        return self.needs_moments or self.budget_mb is not None
+        return self.needs_moments or self.budgeted
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the bits of each layer are chosen by measured sensitivity."""
+        return self.budget_mb is not None or self.budget_share is not None
 
     @property
     def needs_moments(self) -> bool:
@@ -101,7 +112,7 @@ def pack_model(model: nn.Module, step: Pack, context: Context) -> Outcome:
     changed: list[dict[str, Any]] = []
     errors: Errors = {}
     bits = _overridden(step, names)
-    if step.budget_mb is None:
+    if not step.budgeted:
         bits = {name: bits.get(name, step.bits) for name in names}
     else:
         bits, errors, line = _budgeted(model, step, names, bits, batches, context)
@@ -124,10 +135,11 @@ class _Inputs(CalibrationInputs):
     def __init__(self, context: Context, samples: int, batch_size: int) -> None:
         super().__init__(context, samples)
         self._batch_size = batch_size
+        self._arguments = self._kit.calibration if isinstance(self._kit, Calibrated) else self._kit.inputs
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for batch in self._kit.batches(self._samples, self._batch_size, train=False):
-            yield self._kit.inputs(batch)
+            yield self._arguments(batch)
 
 
 def _packable(model: nn.Module) -> tuple[list[str], list[Skipped]]:
@@ -171,19 +183,18 @@ def _budgeted(
     context: Context,
 ) -> tuple[dict[str, int], Errors, dict[str, Any]]:
     """Bits for all layers, the measured errors of those that had a choice, and the line of the trace."""
-    assert step.budget_mb is not None
     free = [name for name in names if name not in fixed]
     weights = {name: model.get_parameter(f"{name}.weight") for name in names}
     sizes = {
         name: {bits: packed_bytes(weights[name], bits, step.group_size) for bits in step.candidates} for name in free
     }
-    rest = _float16_bytes(model) - sum(2 * weights[name].numel() for name in names)
+    rest = float16_bytes(model) - sum(2 * weights[name].numel() for name in names)
     rest += sum(packed_bytes(weights[name], bits, step.group_size) for name, bits in fixed.items())
     least = rest + sum(min(row.values()) for row in sizes.values())
-    limit = int(step.budget_mb * 1e6)
+    budget, limit = _limit(model, step)
     if least > limit:
         raise InputError(
-            f"Pack.budget_mb is {step.budget_mb:g}, but the least size within reach is {least / 1e6:.3f} MB "
+            f"Pack.{budget}, but the least size within reach is {least / 1e6:.3f} MB "
             f"({rest / 1e6:.3f} MB of it without a choice); raise it, or add a smaller width to candidates"
         )
     errors = _measured(model, step, free, batches, context)
@@ -193,11 +204,20 @@ def _budgeted(
     what = ", ".join(f"{count} layers at {bits} bit" for bits, count in counts.items() if count)
     line = {
         "layer": "",
-        "what": f"bits by sensitivity under {step.budget_mb:g} MB: {what}; {total / 1e6:.3f} MB in all",
+        "what": f"bits by sensitivity under {limit / 1e6:.4g} MB: {what}; {total / 1e6:.3f} MB in all",
         "bytes": total,
         "predicted_error": sum(errors[name][bits] for name, bits in chosen.items()),
     }
     return {**chosen, **fixed}, errors, line
+
+
+def _limit(model: nn.Module, step: Pack) -> tuple[str, int]:
+    """The budget as it was given, and its bytes."""
+    if step.budget_mb is not None:
+        return f"budget_mb is {step.budget_mb:g}", int(step.budget_mb * 1e6)
+    assert step.budget_share is not None
+    whole = float16_bytes(model)
+    return f"budget_share is {step.budget_share:g} of {whole / 1e6:.3f} MB in FP16", int(step.budget_share * whole)
 
 
 def _measured(
@@ -219,7 +239,7 @@ def _measured(
             bar.advance(name)
 
         rounding: Literal["nearest", "mse"] = "nearest" if step.rounding == "nearest" else "mse"
-        return bit_errors(model, names, step.candidates, step.group_size, batches, rounding, done=done, on_layer=keep)
+        return bit_errors(model, names, step.candidates, step.group_size, [first], rounding, done=done, on_layer=keep)
 
 
 def _pack(
@@ -353,7 +373,7 @@ def packed_bytes(weight: Tensor, bits: int, group_size: int) -> int:
     return weight.shape[0] * (row_bytes(length, bits) + 2 * group_count(length, group_size))
 
 
-def _float16_bytes(model: nn.Module) -> int:
+def float16_bytes(model: nn.Module) -> int:
     """Bytes of everything that a model's file holds, floats in FP16, a shared tensor once."""
     held = {id(value): value for value in model.state_dict(keep_vars=True).values()}
     return sum(2 * v.numel() if v.is_floating_point() else v.nbytes for v in held.values())

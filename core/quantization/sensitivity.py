@@ -34,14 +34,15 @@ def bit_errors(
 ) -> Errors:
     """{layer: {bits: error}}: the relative squared error of the model's output with that layer alone packed so.
 
-    The error is the sum of squares over all float outputs for all `batches` (tuples of positional arguments, read once
-    for each layer and width), over that of the model as it is; FP16 counts as 0. `done` holds what is known already;
+    The error is the sum of squares over all `batches` (tuples of positional arguments, read once for each layer and
+    width) over that of the model as it is, the mean of all float outputs, so that none outweighs the others by its
+    size; FP16 counts as 0. `done` holds what is known already;
     `on_layer(name, errors)` is called after each layer. The model is left as it was.
     """
     model.eval()
     kept = [outputs(model, batch) for batch in batches]
-    signal = sum(float(y.double().square().sum()) for ys in kept for y in ys)
-    if not kept or signal == 0:
+    signal = [sum(float(y.double().square().sum()) for y in ys) for ys in zip(*kept, strict=True)]
+    if not kept or not any(signal):
         found = "no batches" if not kept else "an output of zeros only"
         raise InputError(f"sensitivity: found {found}; expected calibration inputs that give an output")
     errors: Errors = {}
@@ -55,12 +56,13 @@ def bit_errors(
             if bits in known:
                 continue
             with _rounded(layer, bits, group_size, rounding, name):
-                noise = 0.0
+                noise = [0.0] * len(signal)
                 for batch, expected in zip(batches, kept):
-                    for y, right in zip(outputs(model, batch), expected, strict=True):
-                        noise += float((y - right).double().square().sum())
+                    for i, (y, right) in enumerate(zip(outputs(model, batch), expected, strict=True)):
+                        noise[i] += float((y - right).double().square().sum())
+            error = sum(n / s for n, s in zip(noise, signal) if s) / len(signal)
             # Not a number, and so worse than any, where the packed model broke down.
-            known[bits] = noise / signal if noise == noise else float("inf")
+            known[bits] = error if error == error else float("inf")
         errors[name] = {bits: known[bits] for bits in widths}
         if on_layer is not None:
             on_layer(name, errors[name])

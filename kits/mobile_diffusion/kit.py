@@ -27,6 +27,8 @@ from kits.mobile_diffusion.recipes import DEFAULT, READY, RECIPES
 
 LARGE = 50_000_000
 """Parameters of a UNet from which a picture takes minutes here, so that only a few prompts are drawn."""
+DECODED = 16
+"""Latents a side that are decoded for calibration."""
 LARGE_PROMPTS = {"smoke": 1, "full": 4}
 
 
@@ -88,6 +90,16 @@ class MobileDiffusion:
     def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """Noisy latents (N, C, h, w), timesteps (N,), token ids (N, L)."""
         return batch["latents"], batch["timesteps"], batch["token_ids"]
+
+    def calibration(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The inputs, and clean latents (M, C, h', w') for the decoder: of a quarter of the batch, the middle of each.
+
+        Decoding a picture of Stable Diffusion's size whole would take longer than all else.
+        """
+        clean = batch["clean"]
+        rows = clean[: -(-len(clean) // 4)]
+        top, left = ((side - min(side, DECODED)) // 2 for side in rows.shape[2:])
+        return *self.inputs(batch), rows[:, :, top : top + DECODED, left : left + DECODED]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The mean squared error of the prediction."""

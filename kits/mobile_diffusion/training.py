@@ -46,6 +46,8 @@ BLURRED = 0.3
 """Largest noise, in standard deviations of the latents, that the decoder learns to see through: a UNet leaves some."""
 TILT = 2.0
 """Power by which noise levels are denser towards pure noise (1: evenly spread)."""
+TAUGHT = (*scenes.KINDS, "size", "size", "relation", "two")
+"""Kinds of scenes in training: what is learnt last comes more often."""
 READ = 0.1
 """Weight of what the text encoder should know beside the error of v."""
 DROPPED = 0.1
@@ -76,7 +78,7 @@ class Plan:
 
 
 _VAE = Ramps(epochs=60, batch_size=8, lr=1.2e-3, clip=1.0, up=50, down=800, seed=1)
-_UNET = Ramps(epochs=86, batch_size=64, lr=8e-4, weight_decay=0.01, ema=0.999, clip=1.0, up=200, seed=2)
+_UNET = Ramps(epochs=104, batch_size=64, lr=8e-4, weight_decay=0.01, ema=0.999, clip=1.0, up=200, seed=2)
 
 PLANS = {
     "full": Plan(
@@ -87,7 +89,7 @@ PLANS = {
         ),
         decoder=(replace(_VAE, epochs=16, batch_size=16, lr=6e-4, up=20, down=800, seed=12),),
         vae_steps=50,
-        unet=(_UNET, replace(_UNET, epochs=17, up=20, down=1700, ema=0.998, seed=3)),
+        unet=(_UNET, replace(_UNET, epochs=22, up=20, down=2200, ema=0.998, seed=7)),
         steps=100,
     ),
     "smoke": Plan(
@@ -111,7 +113,12 @@ def train_default(out: Path, preset: str, resume: bool, data: Path | None = None
     """
     if preset not in PLANS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PLANS)}")
-    return train(PLANS[preset], scenes.batch if data is None else folder_source(data), out, resume)
+    return train(PLANS[preset], taught if data is None else folder_source(data), out, resume)
+
+
+def taught(seed: int, n: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Generated scenes of training compositions, in the shares of TAUGHT."""
+    return scenes.batch(seed, n, kinds=TAUGHT)
 
 
 def folder_source(data: Path) -> Source:

@@ -81,6 +81,26 @@ def test_errors_are_those_of_one_packed_layer() -> None:
         assert errors[str(index)][16] == 0 < errors[str(index)][8] < errors[str(index)][4] / 50
 
 
+class Both(nn.Module):
+    """Two layers with an output each, the second a thousand times the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), 1000 * self.b(x)
+
+
+def test_no_output_outweighs_another_by_its_size() -> None:
+    net, x = Both().eval(), torch.randn(32, 16)
+    errors = bit_errors(net, ["a", "b"], (4,), 16, [(x,)])
+    for index, name in enumerate("ab"):
+        alone = bit_errors(nn.Sequential(net.get_submodule(name)), ["0"], (4,), 16, [(x,)])
+        assert errors[name][4] == pytest.approx(alone["0"][4] / 2, rel=1e-4), index
+
+
 def test_known_errors_are_not_measured_again(tmp_path: Path) -> None:
     key = {"seed": 0, "widths": [4, 8]}
     write_errors(tmp_path / "e.json", key, {"0": {4: 0.25, 8: 0.5}})

@@ -161,6 +161,40 @@ def test_a_budget_is_kept_and_spent_where_it_matters() -> None:
     assert distance(model) < distance(run(Pack())[0])
 
 
+def test_a_share_of_the_bytes_is_a_budget() -> None:
+    whole = float16_file(KIT.model())
+    _, by_share = run(Pack(budget_share=0.6, overrides=("words=8",)))
+    _, by_bytes = run(Pack(budget_mb=0.6 * whole / 1e6, overrides=("words=8",)))
+    assert by_share.changed == by_bytes.changed and by_share.changed[0]["bytes"] <= 0.6 * whole
+    with pytest.raises(InputError, match=f"budget_share is 0.01 of {whole / 1e6:.3f} MB in FP16, but the least size"):
+        run(Pack(budget_share=0.01))
+
+
+class Reaching(Kit):
+    """A kit whose calibration runs a layer that its loss does not see."""
+
+    def model(self, weights: Path | None = None) -> nn.Module:
+        torch.manual_seed(1)
+        return WithUnused().eval()
+
+    def calibration(self, batch: Any) -> tuple[Tensor, ...]:
+        return *self.inputs(batch), torch.ones(2, 16)
+
+
+class WithUnused(Net):
+    def forward(self, x: Tensor, ids: Tensor, more: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().forward(x, ids)
+        return found if more is None else {**found, "more": self.unused(more)}
+
+
+def test_layers_that_only_calibration_reaches_are_measured() -> None:
+    step, kit = Pack(budget_mb=0.012, rounding="compensated", candidates=(4, 8)), Reaching()
+    _, trace = compress(kit.model(), Recipe("r", (step,), "", ""), kit)  # type: ignore[arg-type]
+    told = lines(trace[0])["unused"]
+    assert told["error_4"] > told["error_8"] > 0 and told["what"].endswith("compensated")
+    assert lines(run(step)[1])["unused"]["error_4"] == 0
+
+
 def float16_file(model: nn.Module) -> int:
     """Bytes of the tensors in a safetensors file of the model in FP16."""
     model = copy.deepcopy(model).half()
@@ -232,6 +266,8 @@ def test_packing_twice_takes_only_what_is_left() -> None:
         ({"rounding": "up"}, "rounding is 'up'"),
         ({"samples": 0}, "samples is 0"),
         ({"budget_mb": -1.0}, "budget_mb is -1.0"),
+        ({"budget_share": 1.5}, "budget_share is 1.5"),
+        ({"budget_share": 0.5, "budget_mb": 1.0}, "without budget_mb"),
     ],
     ids=lambda value: str(value)[:30],
 )

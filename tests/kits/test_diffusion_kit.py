@@ -53,6 +53,19 @@ def test_a_batch_is_what_the_schedule_makes_of_latents_and_noise(model: Diffusio
     assert spread.tolist() == list(range(8)), "a noise level in every eighth of the schedule"
 
 
+def test_calibration_runs_the_decoder_too(model: Diffusion, folder: Path) -> None:
+    kit = MobileDiffusion(model)
+    batch = next(iter(kit.batches(samples(None, "val", "smoke", 64)[:6], 6, train=False)))
+    batch["clean"] = torch.cat([batch["clean"]] * 5, dim=3)  # wider than what is decoded
+    *inputs, clean = kit.calibration(batch)
+    assert len(inputs) == 3 and clean.shape[:3] == (2, *batch["clean"].shape[1:3]) and clean.shape[3] == 16
+    with torch.no_grad():
+        prediction, picture = model(*inputs, clean)
+        assert torch.equal(prediction, model(*inputs))
+        wanted = model.vae.decode(clean / model.vae.config.scaling_factor).sample
+    assert torch.equal(picture, wanted)
+
+
 def test_batches_repeat_for_a_seed_and_training_ones_are_whole(model: Diffusion) -> None:
     made, pairs = Batches(model), samples(None, "val", "smoke", 64)[:10]
     first, again, other = (

@@ -6,6 +6,7 @@ import filecmp
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from kits.mobile_diffusion.training import (
     coloured,
     normalise,
     reconstruction_loss,
+    taught,
     to_images,
     to_pixels,
     train,
@@ -223,6 +225,15 @@ def test_a_leg_may_be_cut_short_and_others_follow_it(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="preset 'fast' is not known; known are full, smoke"):
         train_default(tmp_path, "fast", resume=False)
+
+
+def test_training_draws_what_is_learnt_last_more_often() -> None:
+    words = [set(text.split()) for text in taught(3, 300)[1]]
+    sized = sum(bool(w & {"small", "little", "large", "big"}) for w in words) / 300
+    evenly = [set(text.split()) for text in scenes.batch(3, 300)[1]]
+    assert sized > 1.2 * sum(bool(w & {"small", "little", "large", "big"}) for w in evenly) / 300
+    first, second = taught(5, 4), taught(5, 4)
+    assert np.array_equal(first[0], second[0]) and first[1] == second[1]
 
 
 def test_the_full_plan_falls_to_nothing_at_its_end() -> None:

@@ -17,7 +17,7 @@ SIZE = 64
 KINDS = ("single", "two", "count", "relation", "background", "size")
 RELATIONS = ("left of", "right of", "above", "below")
 # Radii in pixels. Half a step of AE blur or noise must not turn one size into the next, hence the gaps between them.
-RADII = {"small": (6.5,), "": (9.5,), "large": (12.5,)}
+RADII = {"small": (7.5,), "": (9.5,), "large": (12.5,)}
 LATTICE = 4  # pixels: things stand on multiples of it, so that a model of 8x8 latents meets each thing in four places
 # Where things stand, (x, y) in the order of their names, before each moves by up to LOOSE steps of the lattice. Loose,
 # but not anywhere: what stands where is then nearly told by the caption, and a small model learns it.
@@ -123,12 +123,14 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
     return (canvas + 0.5).astype(np.uint8)
 
 
-def batch(seed: int, n: int, held_out: bool = False) -> tuple[NDArray[np.uint8], list[str]]:
-    """`n` pictures, uint8 (n, 64, 64, 3), and their captions; the same for the same seed."""
+def batch(
+    seed: int, n: int, held_out: bool = False, kinds: Sequence[str] = KINDS
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """`n` pictures, uint8 (n, 64, 64, 3), and their captions; the same for the same seed. Kinds may be repeated."""
     rng = np.random.default_rng(seed)
     images, captions = np.empty((n, SIZE, SIZE, 3), np.uint8), []
     for i in range(n):
-        scene = sample_scene(rng, held_out=held_out)
+        scene = sample_scene(rng, kinds[int(rng.integers(len(kinds)))], held_out)
         images[i] = draw(scene)
         captions.append(scene.caption)
     return images, captions

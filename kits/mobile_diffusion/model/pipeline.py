@@ -74,9 +74,18 @@ class Diffusion(nn.Module):
         """The side of the pictures that it is made for, in pixels."""
         return int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def forward(self, latents: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
-        """The UNet's prediction (N, C, h, w) for noisy latents (N, C, h, w), timesteps (N,) and token ids (N, L)."""
-        return self.predict(latents, timesteps, self.encode(token_ids))
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, token_ids: Tensor, clean: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The UNet's prediction (N, C, h, w) for noisy latents (N, C, h, w), timesteps (N,) and token ids (N, L).
+
+        With `clean` latents (M, C, h', w'), as a sampler ends with, also the picture (M, 3, H, W) that the VAE makes
+        of them: every layer that takes part in generating has then run.
+        """
+        prediction = self.predict(latents, timesteps, self.encode(token_ids))
+        if clean is None:
+            return prediction
+        return prediction, self.vae.decode(clean / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def encode(self, token_ids: Tensor) -> Tensor:
         """The text encoder's last hidden states (N, L, D) of token ids (N, L)."""
