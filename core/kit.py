@@ -104,7 +104,6 @@ class Context:
 
 
 @runtime_checkable
-@runtime_checkable
 class Calibrated(Protocol):
     """A kit whose loss leaves layers out that its results depend on, such as a decoder that is not trained."""
 
@@ -113,6 +112,7 @@ class Calibrated(Protocol):
         ...
 
 
+@runtime_checkable
 class Kit(Protocol):
     """A task: model, data, loss, score, gates, recipes.
 

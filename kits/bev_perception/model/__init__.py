@@ -1,0 +1,1 @@
+"""BEVFormer: its sizes, layers, weights, memory over time, and training targets."""

@@ -1,0 +1,133 @@
+"""Sizes of the detectors: the three published ones of BEVFormer, and `nano`, which two CPU cores can train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CLASSES = (
+    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+    "traffic_cone",
+)  # fmt: skip
+"""nuScenes' ten classes in the order of BEVFormer's classifier."""
+CAMERAS = (
+    "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
+)  # fmt: skip
+"""The cameras in the order in which the network takes them."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the backbone takes: images of `scale` times their size, padded right and below to (`height`, `width`).
+
+    A pixel is (value - mean) / std with the channels in the order of `channels`, "rgb" or "bgr".
+    """
+
+    height: int
+    width: int
+    scale: float
+    channels: str = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ResNet and its FPN.
+
+    `style` "pytorch" strides in a block's 3x3 convolution, "caffe" in its first 1x1. `deformable` makes the 3x3
+    convolutions of layer3 and layer4 DCNv2. `out_indices` are the layers (0 to 3) that the FPN takes, `levels` how
+    many it gives, the finest first. `frozen_stages` and `norm_frozen` are for training: -1 freezes nothing, 0 the
+    stem, 1 the stem and layer1; `norm_frozen` keeps every batch norm's statistics and scales.
+    """
+
+    depth: int = 50
+    base_channels: int = 64
+    style: str = "pytorch"
+    deformable: bool = False
+    out_indices: tuple[int, ...] = (3,)
+    levels: int = 1
+    frozen_stages: int = 1
+    norm_frozen: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that fixes a detector's layers and what its numbers mean.
+
+    Lengths are metres in the LiDAR's frame (x right, y forward, z up); `pc_range` is x, y, z from and to.
+    `rotate_center` (x, y) is the cell about which the history turns, counted from the corner of the grid.
+    `cameras_per_query` bounds the cameras that one BEV cell looks into, those that see most of its pillar first;
+    None means all of them. `wrap_turn` brings turns into -180..180 degrees, which the published models do not.
+    """
+
+    name: str
+    images: Images
+    backbone: Backbone
+    embed_dims: int = 256
+    ffn_dims: int = 512
+    num_cams: int = 6
+    classes: tuple[str, ...] = CLASSES
+    bev_h: int = 50
+    bev_w: int = 50
+    num_query: int = 900
+    encoder_layers: int = 3
+    decoder_layers: int = 6
+    num_feature_levels: int = 4
+    heads: int = 8
+    temporal_points: int = 4
+    spatial_points: int = 8
+    points_in_pillar: int = 4
+    decoder_points: int = 4
+    dropout: float = 0.1
+    pc_range: tuple[float, float, float, float, float, float] = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+    post_center_range: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+    max_num: int = 300
+    rotate_center: tuple[float, float] = (100.0, 100.0)
+    cameras_per_query: int | None = None
+    wrap_turn: bool = False
+
+    @property
+    def extent(self) -> tuple[float, float, float]:
+        """Lengths of `pc_range` in metres: x, y, z."""
+        x0, y0, z0, x1, y1, z1 = self.pc_range
+        return x1 - x0, y1 - y0, z1 - z0
+
+
+_CAFFE = Images(0, 0, 1.0, "bgr", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+
+TINY = Config("tiny", Images(480, 800, 0.5), Backbone())
+SMALL = Config(
+    "small",
+    Images(736, 1280, 0.8, _CAFFE.channels, _CAFFE.mean, _CAFFE.std),
+    Backbone(101, style="caffe", deformable=True),
+    bev_h=150,
+    bev_w=150,
+)
+BASE = Config(
+    "base",
+    Images(928, 1600, 1.0, _CAFFE.channels, _CAFFE.mean, _CAFFE.std),
+    Backbone(101, style="caffe", deformable=True, out_indices=(1, 2, 3), levels=4),
+    bev_h=200,
+    bev_w=200,
+    encoder_layers=6,
+)
+NANO = Config(
+    "nano",
+    Images(160, 288, 0.18),
+    Backbone(18, base_channels=32, out_indices=(1, 2, 3), levels=1, frozen_stages=-1, norm_frozen=False),
+    embed_dims=64,
+    ffn_dims=128,
+    bev_h=40,
+    bev_w=40,
+    num_query=150,
+    encoder_layers=2,
+    decoder_layers=3,
+    num_feature_levels=1,
+    heads=4,
+    max_num=150,
+    dropout=0.0,
+    rotate_center=(20.0, 20.0),
+    cameras_per_query=2,
+    wrap_turn=True,
+)
+CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

@@ -1,0 +1,105 @@
+"""The detector as it is trained: every decoder layer, denoising queries, and a history from the frames before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kits.bev_perception.model.denoising import Denoiser, Noise
+from kits.bev_perception.model.detector import BEVFormer, Predictions
+from kits.bev_perception.model.loss import Truth, assigned_loss, matched_loss
+
+
+@dataclass(frozen=True)
+class View:
+    """One moment of B samples, as `BEVFormer.forward` takes it, without the memory.
+
+    `has_prev` (B,) is 0 for samples whose scene begins here.
+    """
+
+    images: Tensor
+    lidar2img: Tensor
+    can_bus: Tensor
+    has_prev: Tensor
+    camera_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from: the views before, the oldest first, the view itself and its boxes.
+
+    `prev_bev` (B, Q, C) is the memory before the first view, for training along a stream; None begins with zeros.
+    """
+
+    view: View
+    truths: Sequence[Truth]
+    past: Sequence[View] = ()
+    prev_bev: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss to minimise, its parts by name, and the memory (B, Q, C) without a gradient."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    bev: Tensor
+
+
+class Learner(nn.Module):
+    """Trains `detector`; `denoiser` is left out where `noise` is None."""
+
+    def __init__(self, detector: BEVFormer, noise: Noise | None = None, denoising_weight: float = 1.0) -> None:
+        super().__init__()
+        self.detector = detector
+        self.denoiser = Denoiser(detector.config, noise) if noise is not None else None
+        self.denoising_weight = denoising_weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        return self.losses(batch).total
+
+    def losses(self, batch: Batch) -> Losses:
+        """The loss of a batch with its parts: "0.cls", "0.box" by layer, and "dn.0.cls", ... of the denoising."""
+        head, truths = self.detector.pts_bbox_head, batch.truths
+        bev = self.encode(batch.view, self.remember(batch))
+        queries = head.queries(bev.shape[0])
+        if self.denoiser is None or not any(len(truth.labels) for truth in truths):
+            found = head.decode(bev, queries)
+            parts = matched_loss(found, truths, head.code_weights)
+            total = torch.stack(list(parts.values())).sum()
+            return Losses(total, parts, bev.detach())
+        extended, targets = self.denoiser(queries, truths)
+        found, T = head.decode(bev, extended), targets.labels.shape[1]
+        noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
+        plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
+        parts = matched_loss(plain, truths, head.code_weights)
+        again = assigned_loss(noised, targets, head.code_weights)
+        total = torch.stack(list(parts.values())).sum()
+        total = total + self.denoising_weight * torch.stack(list(again.values())).sum()
+        return Losses(total, parts | {f"dn.{name}": value for name, value in again.items()}, bev.detach())
+
+    def encode(self, view: View, prev_bev: Tensor) -> Tensor:
+        """The memory (B, Q, C) after a view."""
+        return self.detector.encode(
+            view.images, view.lidar2img, view.can_bus, prev_bev, view.has_prev, view.camera_mask
+        )
+
+    @torch.no_grad()
+    def remember(self, batch: Batch) -> Tensor:
+        """The memory before the batch's view, as a deployed detector would have it: in eval mode, no gradient."""
+        config = self.detector.config
+        bev = batch.prev_bev
+        if bev is None:
+            images = batch.view.images
+            bev = images.new_zeros(images.shape[0], config.bev_h * config.bev_w, config.embed_dims)
+        if batch.past:
+            training = self.detector.training
+            self.detector.eval()
+            for view in batch.past:
+                bev = self.encode(view, bev)
+            self.detector.train(training)
+        return bev
