@@ -24,6 +24,7 @@ from core.report import read_json
 from core.run import Run
 from kits.mobile_diffusion.comparison import compare
 from kits.mobile_diffusion.kit import MobileDiffusion
+from kits.mobile_diffusion.model.pipeline import Diffusion
 from kits.mobile_diffusion.recipes import READY, RECIPES
 
 REPORTS = Path(__file__).resolve().parent / "reports" / "mobile_diffusion"
@@ -40,7 +41,8 @@ class Alone(MobileDiffusion):
     def compare(
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
-        return compare(self, original, compressed, samples, artifact, preset)  # type: ignore[arg-type]
+        assert isinstance(original, Diffusion) and isinstance(compressed, Diffusion)
+        return compare(self, original, compressed, samples, artifact, preset)
 
 
 def store(out: Path, to: Path = REPORTS) -> None:

@@ -51,15 +51,27 @@ def write_text(path: Path, text: str) -> None:
 
 def read_object(path: Path, mend: str) -> dict[str, Any]:
     """The JSON object of a file; raises InputError that ends in `mend` where it is missing or holds something else."""
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {mend}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {mend}") from error
+    found = _read_json(path, mend)
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object; {mend}")
     return found
+
+
+def read_list(path: Path, mend: str) -> list[Any]:
+    """The JSON list of a file; raises InputError that ends in `mend` where it is missing or holds something else."""
+    found = _read_json(path, mend)
+    if not isinstance(found, list):
+        raise InputError(f"{path}: not a list; {mend}")
+    return found
+
+
+def _read_json(path: Path, mend: str) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {mend}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); {mend}") from error
 
 
 def inside(folder: Path, name: str, listed: Path) -> Path:

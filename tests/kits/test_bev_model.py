@@ -17,21 +17,7 @@ from kits.bev_perception.model import geometry
 from kits.bev_perception.model.boxes import decode, detections, encode, flip_yaw
 from kits.bev_perception.model.configs import CONFIGS, NANO, TINY, Config
 from kits.bev_perception.model.detector import INPUTS, OUTPUTS, BEVFormer, example_inputs, parameters_of
-
-MICRO = replace(
-    NANO,
-    name="micro",
-    images=replace(NANO.images, height=64, width=96),
-    backbone=replace(NANO.backbone, base_channels=8),
-    embed_dims=32,
-    ffn_dims=64,
-    bev_h=10,
-    bev_w=12,
-    rotate_center=(6.0, 5.0),
-    num_query=16,
-    decoder_layers=2,
-    max_num=16,
-)
+from tests.kits.bev_models import MICRO
 
 
 def micro(config: Config = MICRO) -> BEVFormer:

@@ -13,27 +13,14 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from kits.bev_perception.model.boxes import detections, encode
-from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.detector import CODE_WEIGHTS, BEVFormer, Predictions, empty_memory, example_inputs
 from kits.bev_perception.model.learner import Batch, Learner, View
 from kits.bev_perception.model.loss import IGNORED, Targets, Truth, assigned_loss, focal, layer_loss, matched_loss
 from kits.bev_perception.model.matching import cost, match
+from tests.kits.bev_models import MICRO
 
-MICRO = replace(
-    NANO,
-    name="micro",
-    images=replace(NANO.images, height=64, width=96),
-    backbone=replace(NANO.backbone, base_channels=8),
-    embed_dims=32,
-    ffn_dims=64,
-    bev_h=10,
-    bev_w=10,
-    rotate_center=(5.0, 5.0),
-    num_query=20,
-    decoder_layers=2,
-    max_num=20,
-)
+SQUARE = replace(MICRO, bev_w=10, rotate_center=(5.0, 5.0), num_query=20, max_num=20)
 WEIGHTS = torch.tensor(CODE_WEIGHTS)
 
 
@@ -138,12 +125,12 @@ def test_an_empty_scene_has_a_loss() -> None:
 
 def model(seed: int = 0) -> BEVFormer:
     torch.manual_seed(seed)
-    return BEVFormer(MICRO)
+    return BEVFormer(SQUARE)
 
 
 def test_denoising_queries_do_not_change_what_the_plain_ones_say() -> None:
     net = model().eval()
-    denoiser, bev = Denoiser(MICRO, Noise(groups=3)), torch.randn(2, 100, 32)
+    denoiser, bev = Denoiser(SQUARE, Noise(groups=3)), torch.randn(2, 100, 32)
     head, truths = net.pts_bbox_head, [scene(4), scene(2, 1)]
     with torch.no_grad():
         extended, targets = denoiser(head.queries(2), truths)
@@ -158,7 +145,7 @@ def test_a_group_of_denoising_queries_does_not_see_another() -> None:
     net = model().eval()
     head, bev = net.pts_bbox_head, torch.randn(1, 100, 32)
     with torch.no_grad():
-        extended, _ = Denoiser(MICRO, Noise(groups=2))(head.queries(1), [scene(3)])
+        extended, _ = Denoiser(SQUARE, Noise(groups=2))(head.queries(1), [scene(3)])
         first = head.decode(bev, extended)
         extended.content[:, 3:6] += 5.0
         second = head.decode(bev, extended)
@@ -170,7 +157,7 @@ def test_denoising_targets_are_the_boxes_that_were_disturbed() -> None:
     noise = Noise(groups=50, margin=0.5, split=0.7, flip=0.0)
     truths = [scene(4), scene(1, 3), scene(0)]
     queries = model().pts_bbox_head.queries(3)
-    extended, targets = Denoiser(MICRO, noise)(queries, truths)
+    extended, targets = Denoiser(SQUARE, noise)(queries, truths)
     assert targets.labels[2].eq(IGNORED).all()
     slots = targets.labels[1].view(50, 4)
     assert slots[:, 1:].eq(IGNORED).all()
@@ -179,7 +166,7 @@ def test_denoising_targets_are_the_boxes_that_were_disturbed() -> None:
         chosen = targets.labels[0, group * 4 : group * 4 + 4]
         assert torch.equal(torch.where(chosen == 10, label, chosen), label)
         torch.testing.assert_close(targets.codes[0, group * 4 : group * 4 + 4], encode(box))
-        low, extent = torch.tensor(MICRO.pc_range[:3]), torch.tensor(MICRO.extent)
+        low, extent = torch.tensor(SQUARE.pc_range[:3]), torch.tensor(SQUARE.extent)
         centre = extended.reference[0, group * 4 : group * 4 + 4] * extent + low
         reach = (((centre - box[:, :3]) / (box[:, 3:6] / 2 + 0.5)) ** 2).sum(-1).sqrt()
         assert (reach <= 1 + 1e-4).all()
@@ -195,7 +182,7 @@ def test_assigned_losses_ignore_empty_slots() -> None:
 
 
 def view(count: int = 1, known: float = 0.0) -> View:
-    inputs = example_inputs(MICRO, count)
+    inputs = example_inputs(SQUARE, count)
     return View(
         inputs["images"], inputs["lidar2img"], inputs["can_bus"], torch.full((count,), known), inputs["camera_mask"]
     )
@@ -211,7 +198,7 @@ def test_a_history_is_made_as_it_would_be_deployed() -> None:
     assert torch.equal(learner.detector.img_backbone.bn1.running_mean, statistics)
     with torch.no_grad():
         wanted = learner.detector.eval().encode(
-            first.images, first.lidar2img, first.can_bus, empty_memory(MICRO), first.has_prev, first.camera_mask
+            first.images, first.lidar2img, first.can_bus, empty_memory(SQUARE), first.has_prev, first.camera_mask
         )
     torch.testing.assert_close(made, wanted)
     given = learner.remember(Batch(second, [scene(2)], prev_bev=made))
@@ -247,9 +234,9 @@ def test_a_micro_model_learns_one_scene(noise: Noise | None) -> None:
     assert np.mean(plain[-5:]) < 0.1 * plain[0], (plain[0], plain[-5:])
     with torch.no_grad():
         last = learner.detector.eval().pts_bbox_head
-        bev = learner.encode(batch.view, empty_memory(MICRO))
+        bev = learner.encode(batch.view, empty_memory(SQUARE))
         said = last.decode(bev, last.queries(1), last_only=True)
-    best = detections(said.cls_scores[0, 0], said.bbox_preds[0, 0], MICRO)
+    best = detections(said.cls_scores[0, 0], said.bbox_preds[0, 0], SQUARE)
     near = torch.cdist(best.boxes[:6, :2], truth.boxes[:, :2]).argmin(1)
     assert sorted(near.tolist()) == list(range(6))
     assert best.labels[:6].tolist() == truth.labels[near].tolist()

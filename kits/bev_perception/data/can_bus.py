@@ -7,12 +7,12 @@ from itertools import islice
 
 import numpy as np
 
-from core.files import inside
+from core.files import inside, read_list
 from core.kit import InputError
 from kits.bev_perception.data.geometry import Array, rotation_matrix, yaw
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.recordings import Recording, Sample
-from kits.bev_perception.data.tables import number, read_list, vector
+from kits.bev_perception.data.tables import MEND, number, vector
 
 GRAVITY = 9.81  # m/s2
 
@@ -49,7 +49,7 @@ class CanBus:
         if scene not in self._read:
             folder = self.data.root / "can_bus"
             file = inside(folder, f"{scene}_pose.json", self.data.root / self.data.version / "scene.json")
-            rows = read_list(file) if file.is_file() else []
+            rows = read_list(file, MEND) if file.is_file() else []
             times, values = np.zeros(len(rows)), np.zeros((len(rows), 9))
             for i, row in enumerate(rows):
                 where = f"{file}, message {i}"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from core.files import read_list
 from core.kit import InputError
 from kits.bev_perception.data.geometry import Array, Pose
 
+MEND = "a nuScenes folder has all 13 tables, each a list of records, an empty one []"
 TABLES = (
     "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
     "sample_annotation", "sample_data", "scene", "sensor", "visibility",
@@ -61,25 +62,13 @@ def find_version(root: Path) -> str:
 def read_table(file: Path) -> dict[str, dict[str, Any]]:
     """The records of a table by token, in the order of the file; InputError where it is not such a table."""
     found: dict[str, dict[str, Any]] = {}
-    for place, row in enumerate(read_list(file)):
+    for place, row in enumerate(read_list(file, MEND)):
         token = row.get("token") if isinstance(row, dict) else None
         if not isinstance(token, str) or not token:
             raise InputError(f"{file}: record {place} has no token; every record needs one")
         if token in found:
             raise InputError(f"{file}: token {token!r} occurs twice; tokens must be unique")
         found[token] = row
-    return found
-
-
-def read_list(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise InputError(f"{file}: missing; a nuScenes folder has all 13 tables, an empty one is []")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); write it anew") from error
-    if not isinstance(found, list):
-        raise InputError(f"{file}: not a list of records; write it anew")
     return found
 
 

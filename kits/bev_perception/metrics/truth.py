@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from core.files import read_list
 from core.kit import InputError
 from kits.bev_perception.data.nuscenes import NuScenes
-from kits.bev_perception.data.tables import number, read_list, text
+from kits.bev_perception.data.tables import MEND, number, text
 from kits.bev_perception.metrics.events import Event, Track
 from kits.bev_perception.metrics.nds import Truth
 
@@ -35,7 +36,7 @@ def read_events(data: NuScenes) -> list[Event]:
     """
     file = data.root / data.version / "events.json"
     found = []
-    for place, row in enumerate(read_list(file) if file.is_file() else []):
+    for place, row in enumerate(read_list(file, MEND) if file.is_file() else []):
         where = f"{file}, event {place}"
         if not isinstance(row, dict):
             raise InputError(f"{where} is not an object; mend it")
