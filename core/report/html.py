@@ -18,7 +18,7 @@ from core.report import Picture, Report
 from core.report.rows import Row, basis_facts, bound_text, rows, significant, value_text
 
 # The tiles at the top: the first figure found of each group, in this order.
-_HEADLINES = (("size",), ("latency_p50", "latency_p99", "fps"), ("efficiency", "energy", "power"))
+_HEADLINES = (("size",), ("fps", "latency_p50", "latency_p99"), ("energy", "power", "efficiency"))
 _MEASURES = (
     ("bytes", "Size", "largest"),
     ("macs", "MACs", "most"),
@@ -31,7 +31,7 @@ def render(report: Report) -> str:
     table = rows(report.figures)
     return _template().render(
         report=report,
-        headlines=_headlines(table),
+        headlines=headlines(table),
         rows=table,
         charts=[_chart(report.layers, *measure) for measure in _MEASURES],
         layers=_layers(report.layers),
@@ -82,7 +82,7 @@ def breakable(name: str) -> Markup:
     return Markup(".<wbr>").join(str(name).split("."))
 
 
-def _headlines(table: Iterable[Row]) -> list[Row]:
+def headlines(table: Iterable[Row]) -> list[Row]:
     """The rows for the tiles: size, speed, energy, and the first percentage (a kit names its main score first)."""
     whole = [row for row in table if row.change is not None and row.change.sense != "unknown"]
     found = []

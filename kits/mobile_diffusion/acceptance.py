@@ -59,7 +59,8 @@ def align(prompts: Sequence[Prompt], drawn: Sequence[NDArray[np.uint8]]) -> dict
     """
     verdicts = [judge_image(picture, parse(p.text)) for p, picture in zip(prompts, drawn, strict=True)]
     rates = summary(verdicts, [p.kind for p in prompts])
-    names = {"all": "alignment"} | {n: f"alignment_{n.replace('kind/', 'prompts_')}" for n in rates if n != "all"}
+    rates = {"all": rates["all"], **rates}  # first, as the main score
+    names = {n: "alignment" if n == "all" else f"alignment_{n.replace('kind/', 'prompts_')}" for n in rates}
     return {
         "values": {names[n]: (100 * r.value, "%") for n, r in rates.items()},
         "intervals": {names[n]: [100 * bound for bound in r.interval] for n, r in rates.items()},

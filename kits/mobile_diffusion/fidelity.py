@@ -112,10 +112,12 @@ def error_curve(latents: Tensor, original: Tensor) -> ErrorCurve:
     return ErrorCurve(mean, low, high, decibels)
 
 
-def kid(features: Tensor, original: Tensor) -> float:
+def kid(features: Tensor, original: Tensor, *, paired: bool = False) -> float:
     """Unbiased squared maximum mean discrepancy of features (N, D) and (M, D); may be slightly negative.
 
-    Kernel (x.y / D + 1)^3. Source: Binkowski et al., "Demystifying MMD GANs", 2018.
+    Kernel (x.y / D + 1)^3. `paired` rows belong together (N = M, the same prompt and seed) and are not independent, so
+    no row is compared with its own partner. Sources: Binkowski et al., "Demystifying MMD GANs", 2018; for pairs Gretton
+    et al., "A Kernel Two-Sample Test", 2012, lemma 6.
     """
     x, y = _features(features, original)
     n, m = len(x), len(y)
@@ -125,7 +127,12 @@ def kid(features: Tensor, original: Tensor) -> float:
 
     xx, yy = kernel(x, x), kernel(y, y)
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
-    return float(within - 2 * kernel(x, y).mean())
+    across = kernel(x, y)
+    if not paired:
+        return float(within - 2 * across.mean())
+    if n != m:
+        raise InputError(f"kid: {n} rows against {m}; expected pairs")
+    return float(within - 2 * (across.sum() - across.trace()) / (n * (n - 1)))
 
 
 def fid(features: Tensor, original: Tensor) -> float:
@@ -241,7 +248,7 @@ def fidelity(
         middle, spread = y.mean(0), y.std(0, correction=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         x, y = (x - middle) / spread, (y - middle) / spread
-        distance = kid(x, y)
+        distance = kid(x, y, paired=True)
         frechet = fid(x, y) if len(x) >= x.shape[1] + 2 else None
     return Fidelity(
         len(pictures),

@@ -11,7 +11,7 @@ from core.compress import Skipped, TraceEntry
 from core.figures import Estimated, Figure, Figures, Gate, Measured, Quoted
 from core.kit import InputError, Recipe, Step
 from core.report import Report, judge
-from core.report.html import breakable, columns, quantity
+from core.report.html import breakable, columns, headlines, quantity
 from core.report.rows import basis_facts, better, change, label, rows, significant, value_text
 from core.report.tables import markdown_results, replace_block
 from core.report.terminal import show
@@ -314,6 +314,18 @@ def test_the_page_shows_all_parts(tmp_path):
                   "Runtimes", "21.25", "40.00", "interleaved", "Board 1", "The test split was not seen.",
                   '"step": "ReportTestStep"'):  # fmt: skip
         assert words in flat, words
+
+
+def test_tiles_tell_of_the_whole_before_its_parts():
+    figures = Figures([
+        Figure("latency_p50", 10.0, "ms", HOST, "original"), Figure("latency_p50", 12.0, "ms", HOST),
+        Figure("fps", 1.0, "1/s", HOST, "original"), Figure("fps", 6.0, "1/s", HOST),
+        Figure("alignment", 95.0, "%", HOST, "original"), Figure("alignment", 91.0, "%", HOST),
+        Figure("size", 4.0, "MB", HOST, "original"), Figure("size", 1.0, "MB", HOST),
+        Figure("energy", 38.0, "mJ", ROOFLINE, "original"), Figure("energy", 11.5, "mJ", ROOFLINE),
+        Figure("efficiency", 2.0, "TOPS/W", ROOFLINE, "original"), Figure("efficiency", 1.0, "TOPS/W", ROOFLINE),
+    ])  # fmt: skip
+    assert [row.name for row in headlines(rows(figures))] == ["size", "fps", "energy", "alignment"]
 
 
 def test_a_report_of_almost_nothing_still_renders(tmp_path):

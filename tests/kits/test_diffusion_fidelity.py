@@ -98,6 +98,15 @@ def test_kid_is_that_of_torchmetrics_and_of_its_definition() -> None:
     assert kid(x[:3], y[:3]) == pytest.approx(TORCHMETRICS, rel=1e-9)
 
 
+def test_kid_of_pairs_leaves_partners_out() -> None:
+    x = torch.tensor(np.random.default_rng(3).normal(size=(40, 4)))
+    assert kid(x, x) < -0.05, "each row meets itself across the sets but not within one"
+    assert kid(x, x, paired=True) == pytest.approx(0, abs=1e-9)
+    assert kid(x, x + 1, paired=True) > 1
+    with pytest.raises(InputError, match="40 rows against 39; expected pairs"):
+        kid(x, x[1:], paired=True)
+
+
 TORCHMETRICS = 5.649272499245839
 
 
