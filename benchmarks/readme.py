@@ -45,7 +45,10 @@ def rendered() -> dict[Path, str]:
         for kit, parts in blocks.items():
             report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
             text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
-        if kept := sorted((ROOT / "benchmarks" / "reports" / path.parent.name).glob("recipe-*.json")):
+        reports = ROOT / "benchmarks" / "reports" / path.parent.name
+        if (tools := reports / "tools.md").is_file():
+            text = replace_block(text, f"{path.parent.name}-tools", tools.read_text(encoding="utf-8"))
+        if kept := sorted(reports.glob("recipe-*.json")):
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         texts[path] = text
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tools") / "toy"
     build_folder("toy", folder)
     return folder
+
+
+def test_the_stored_table_is_made_of_the_stored_results() -> None:
+    stored = Path(__file__).resolve().parents[2] / "benchmarks" / "reports" / "mobile_diffusion"
+    results = json.loads((stored / "tools.json").read_text(encoding="utf-8"))
+    assert set(results["tools"]) == set(TOOLS), "a tool was added or dropped: run benchmarks/diffusion_tools.py"
+    assert markdown(results) + "\n" == (stored / "tools.md").read_text(encoding="utf-8")
 
 
 class Two(nn.Module):
