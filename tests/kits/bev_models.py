@@ -19,4 +19,5 @@ MICRO = replace(
     num_query=16,
     decoder_layers=2,
     max_num=16,
+    proposals=False,
 )

@@ -148,7 +148,7 @@ class Case:
         known = torch.full((B,), float(self.history))
         shape = (self.config.images.height, self.config.images.width)
         bev = self.head.encode(self.features, self.lidar2img, self.can_bus, self.prev, known, self.cameras, shape)
-        found = self.head.decode(bev, self.head.queries(B))
+        found = self.head.decode(bev, self.head.queries(bev))
         return bev, found.cls_scores, found.bbox_preds
 
     def wanted(self, name: str, case: str = "") -> np.ndarray:
@@ -236,7 +236,7 @@ def test_every_intermediate_result(cases: Callable[[str, str], Case], name: str)
         for number in range(3):
             check(f"encoder.{i}.norm{number}", out[f"{layer}.norms.{number}"])
     check("bev_embed", bev.transpose(0, 1))
-    queries = head.queries(1)
+    queries = head.queries(bev)
     check("query_pos", queries.position.transpose(0, 1))
     check("init_reference", queries.reference)
     states, references = out["transformer.decoder"]

@@ -133,8 +133,8 @@ def test_denoising_queries_do_not_change_what_the_plain_ones_say() -> None:
     denoiser, bev = Denoiser(SQUARE, Noise(groups=3)), torch.randn(2, 100, 32)
     head, truths = net.pts_bbox_head, [scene(4), scene(2, 1)]
     with torch.no_grad():
-        extended, targets = denoiser(head.queries(2), truths)
-        found, plain = head.decode(bev, extended), head.decode(bev, head.queries(2))
+        extended, targets = denoiser(head.queries(bev), truths)
+        found, plain = head.decode(bev, extended), head.decode(bev, head.queries(bev))
     T = targets.labels.shape[1]
     assert T == 12
     torch.testing.assert_close(found.cls_scores[:, :, T:], plain.cls_scores, rtol=1e-4, atol=1e-4)
@@ -145,7 +145,7 @@ def test_a_group_of_denoising_queries_does_not_see_another() -> None:
     net = model().eval()
     head, bev = net.pts_bbox_head, torch.randn(1, 100, 32)
     with torch.no_grad():
-        extended, _ = Denoiser(SQUARE, Noise(groups=2))(head.queries(1), [scene(3)])
+        extended, _ = Denoiser(SQUARE, Noise(groups=2))(head.queries(bev), [scene(3)])
         first = head.decode(bev, extended)
         extended.content[:, 3:6] += 5.0
         second = head.decode(bev, extended)
@@ -156,7 +156,7 @@ def test_a_group_of_denoising_queries_does_not_see_another() -> None:
 def test_denoising_targets_are_the_boxes_that_were_disturbed() -> None:
     noise = Noise(groups=50, margin=0.5, split=0.7, flip=0.0)
     truths = [scene(4), scene(1, 3), scene(0)]
-    queries = model().pts_bbox_head.queries(3)
+    queries = model().pts_bbox_head.queries(torch.zeros(3, 100, 32))
     extended, targets = Denoiser(SQUARE, noise)(queries, truths)
     assert targets.labels[2].eq(IGNORED).all()
     slots = targets.labels[1].view(50, 4)
@@ -235,7 +235,7 @@ def test_a_micro_model_learns_one_scene(noise: Noise | None) -> None:
     with torch.no_grad():
         last = learner.detector.eval().pts_bbox_head
         bev = learner.encode(batch.view, empty_memory(SQUARE))
-        said = last.decode(bev, last.queries(1), last_only=True)
+        said = last.decode(bev, last.queries(bev), last_only=True)
     best = detections(said.cls_scores[0, 0], said.bbox_preds[0, 0], SQUARE)
     near = torch.cdist(best.boxes[:6, :2], truth.boxes[:, :2]).argmin(1)
     assert sorted(near.tolist()) == list(range(6))

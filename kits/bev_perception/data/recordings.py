@@ -97,7 +97,9 @@ class Sample:
                 missing[channel] = str(error)
                 continue
             width, height = Fit((image.shape[1], image.shape[0]), size).scaled
-            images[i, :height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            # below half the size two pixels of each side are too few: what lies between would be left out
+            how = cv2.INTER_LINEAR if 2 * width >= image.shape[1] else cv2.INTER_AREA
+            images[i, :height, :width] = cv2.resize(image, (width, height), interpolation=how)
             inner[i] = height, width
         return Views(images, inner, matrices, missing)
 

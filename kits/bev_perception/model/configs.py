@@ -58,6 +58,7 @@ class Config:
     `rotate_center` (x, y) is the cell about which the history turns, counted from the corner of the grid.
     `cameras_per_query` bounds the cameras that one BEV cell looks into, those that see most of its pillar first;
     None means all of them. `wrap_turn` brings turns into -180..180 degrees, which the published models do not.
+    With `proposals` the object queries begin at the best cells of a dense head instead of at learnt places.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Config:
     rotate_center: tuple[float, float] = (100.0, 100.0)
     cameras_per_query: int | None = None
     wrap_turn: bool = False
+    proposals: bool = False
 
     @property
     def extent(self) -> tuple[float, float, float]:
@@ -129,5 +131,6 @@ NANO = Config(
     rotate_center=(20.0, 20.0),
     cameras_per_query=2,
     wrap_turn=True,
+    proposals=True,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

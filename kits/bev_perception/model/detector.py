@@ -20,6 +20,7 @@ from kits.bev_perception.model.backbone import FPN, ResNet
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.decoder import CENTRE, Decoder, Queries, moved
 from kits.bev_perception.model.encoder import Encoder, History
+from kits.bev_perception.model.proposals import Dense, Proposals
 
 CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
 CAN_BUS = 18
@@ -65,13 +66,14 @@ class Transformer(nn.Module):
         self.cams_embeds = nn.Parameter(torch.randn(config.num_cams, dims))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.reference_points = nn.Linear(dims, 3)
+        if not config.proposals:
+            self.reference_points = nn.Linear(dims, 3)
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
         self.can_bus_mlp = nn.Sequential(
             nn.Linear(CAN_BUS, dims // 2), nn.ReLU(), nn.Linear(dims // 2, dims), nn.ReLU()
         )
         self.can_bus_mlp.add_module("norm", nn.LayerNorm(dims))
-        nn.init.xavier_uniform_(self.reference_points.weight)
-        nn.init.zeros_(self.reference_points.bias)
 
 
 class Head(nn.Module):
@@ -90,7 +92,9 @@ class Head(nn.Module):
         self.cls_branches = nn.ModuleList(_classifier(dims, classes) for _ in range(config.decoder_layers))
         self.reg_branches = nn.ModuleList(_regressor(dims) for _ in range(config.decoder_layers))
         self.bev_embedding = nn.Embedding(config.bev_h * config.bev_w, dims)
-        self.query_embedding = nn.Embedding(config.num_query, 2 * dims)
+        self.proposals = Proposals(config) if config.proposals else None
+        if not config.proposals:
+            self.query_embedding = nn.Embedding(config.num_query, 2 * dims)
         low, size = torch.tensor(config.pc_range[:3]), torch.tensor(config.extent)
         self.register_buffer("cells", geometry.cells(config.bev_h, config.bev_w), persistent=False)
         self.register_buffer("pillars", geometry.pillars(config) * size + low, persistent=False)
@@ -124,11 +128,17 @@ class Head(nn.Module):
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
         return transformer.encoder(query, position, self.cells, history, images, shapes, views)
 
-    def queries(self, batch: int) -> Queries:
-        """The learnt object queries, the same for every sample."""
+    def dense(self, bev: Tensor) -> Dense | None:
+        """What the dense head says of a BEV (B, Q, C); None where the queries are learnt ones."""
+        return self.proposals(bev) if self.proposals is not None else None
+
+    def queries(self, bev: Tensor, dense: Dense | None = None) -> Queries:
+        """The object queries for a BEV (B, Q, C): from its dense head, or learnt ones, the same for every sample."""
+        if self.proposals is not None:
+            return self.proposals.queries(dense if dense is not None else self.proposals(bev))
         position, content = self.query_embedding.weight.chunk(2, -1)
         reference = self.transformer.reference_points(position).sigmoid()
-        return Queries(*(t.expand(batch, -1, -1) for t in (content, position, reference)))
+        return Queries(*(t.expand(bev.shape[0], -1, -1) for t in (content, position, reference)))
 
     def decode(self, bev: Tensor, queries: Queries, *, last_only: bool = False) -> Predictions:
         """BEV (B, Q, C) and queries -> what every decoder layer predicts (with `last_only`, L is 1)."""
@@ -205,7 +215,7 @@ class BEVFormer(nn.Module):
         """
         bev = self.encode(images, lidar2img, can_bus, prev_bev, has_prev, camera_mask)
         head = self.pts_bbox_head
-        found = head.decode(bev, head.queries(images.shape[0]), last_only=True)
+        found = head.decode(bev, head.queries(bev), last_only=True)
         return found.cls_scores[0], found.bbox_preds[0], bev
 
 

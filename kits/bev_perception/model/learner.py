@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kits.bev_perception.model.denoising import Denoiser, Noise
+from kits.bev_perception.model.dense_loss import PixelHead, cell_loss
 from kits.bev_perception.model.detector import BEVFormer, Predictions
 from kits.bev_perception.model.loss import Truth, assigned_loss, matched_loss
 
@@ -50,12 +51,15 @@ class Losses:
 
 
 class Learner(nn.Module):
-    """Trains `detector`; `denoiser` is left out where `noise` is None."""
+    """Trains `detector`; `denoiser` is left out where `noise` is None, and `pixels` unless asked for."""
 
-    def __init__(self, detector: BEVFormer, noise: Noise | None = None, denoising_weight: float = 1.0) -> None:
+    def __init__(
+        self, detector: BEVFormer, noise: Noise | None = None, denoising_weight: float = 1.0, pixels: bool = False
+    ) -> None:
         super().__init__()
         self.detector = detector
         self.denoiser = Denoiser(detector.config, noise) if noise is not None else None
+        self.pixels = PixelHead(detector.config) if pixels else None
         self.denoising_weight = denoising_weight
 
     def forward(self, batch: Batch) -> Tensor:
@@ -63,24 +67,32 @@ class Learner(nn.Module):
         return self.losses(batch).total
 
     def losses(self, batch: Batch) -> Losses:
-        """The loss of a batch with its parts: "0.cls", "0.box" by layer, and "dn.0.cls", ... of the denoising."""
-        head, truths = self.detector.pts_bbox_head, batch.truths
-        bev = self.encode(batch.view, self.remember(batch))
-        queries = head.queries(bev.shape[0])
+        """The loss of a batch with its parts: "0.cls", "0.box" by layer, "dn.0.cls", ... of the denoising, and of the
+        dense losses "dense.heat", "dense.box", "pixel.heat", "pixel.depth".
+        """
+        head, view, truths = self.detector.pts_bbox_head, batch.view, batch.truths
+        features = self.detector.features(view.images)
+        shape = (int(view.images.shape[-2]), int(view.images.shape[-1]))
+        bev = head.encode(
+            features, view.lidar2img, view.can_bus, self.remember(batch), view.has_prev, view.camera_mask, shape
+        )
+        dense = head.dense(bev)
+        queries, parts = head.queries(bev, dense), {}
         if self.denoiser is None or not any(len(truth.labels) for truth in truths):
-            found = head.decode(bev, queries)
-            parts = matched_loss(found, truths, head.code_weights)
-            total = torch.stack(list(parts.values())).sum()
-            return Losses(total, parts, bev.detach())
-        extended, targets = self.denoiser(queries, truths)
-        found, T = head.decode(bev, extended), targets.labels.shape[1]
-        noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
-        plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
-        parts = matched_loss(plain, truths, head.code_weights)
-        again = assigned_loss(noised, targets, head.code_weights)
-        total = torch.stack(list(parts.values())).sum()
-        total = total + self.denoising_weight * torch.stack(list(again.values())).sum()
-        return Losses(total, parts | {f"dn.{name}": value for name, value in again.items()}, bev.detach())
+            parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights)
+        else:
+            extended, targets = self.denoiser(queries, truths)
+            found, T = head.decode(bev, extended), targets.labels.shape[1]
+            noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
+            plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
+            parts |= matched_loss(plain, truths, head.code_weights)
+            again = assigned_loss(noised, targets, head.code_weights)
+            parts |= {f"dn.{name}": self.denoising_weight * value for name, value in again.items()}
+        if dense is not None:
+            parts |= {f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config).items()}
+        if self.pixels is not None:
+            parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths).items()}
+        return Losses(torch.stack(list(parts.values())).sum(), parts, bev.detach())
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:
         """The memory (B, Q, C) after a view."""
