@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -109,6 +109,18 @@ class Calibrated(Protocol):
 
     def calibration(self, batch: Any) -> tuple[Tensor, ...]:
         """The positional arguments for a batch with which the network runs every layer that counts."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A kit whose network takes what it put out before, such as the memory of the frame before."""
+
+    def stream(self, samples: Sequence[Any], count: int, seed: int) -> Generator[tuple[Tensor, ...], Any, None]:
+        """The network's positional arguments for about `count` samples in an order in which they follow each other.
+
+        What the network returned for them is sent back: `output = yield arguments`.
+        """
         ...
 
 

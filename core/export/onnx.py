@@ -43,6 +43,7 @@ def to_onnx(module: nn.Module, graph: Graph) -> Any:
         )
     if program is None:
         raise RuntimeError(f"graph {graph.name!r}: torch.onnx.export returned no program")
+    _register_constants(program.model.graph)
     model = program.model_proto
     for found, wanted, what in (
         ([i.name for i in model.graph.input], list(graph.inputs), "inputs"),
@@ -61,6 +62,22 @@ def to_onnx(module: nn.Module, graph: Graph) -> Any:
                     f"{fixed}; leave it out of Graph.dynamic or mend the module"
                 )
     return model
+
+
+def _register_constants(graph: Any) -> None:
+    """Make initializers of constants that the exporter's optimizer used and did not register, in place.
+
+    onnxscript 0.7 names the limits of a fused Clip after the value that is clipped; where two such Clips read one
+    value, the limits of the first are lost from the list of initializers.
+    """
+    inputs = {id(value) for value in graph.inputs}
+    for node in graph:
+        for value in node.inputs:
+            if value is None or value.producer() is not None or id(value) in inputs or value.const_value is None:
+                continue
+            if graph.initializers.get(value.name) is not value:
+                value.name = f"{value.name}_of_{node.name}"
+                graph.register_initializer(value)
 
 
 def save_onnx(model: Any, path: Path, check: bool = True) -> None:

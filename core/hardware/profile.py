@@ -185,7 +185,9 @@ class _Tracer(TorchDispatchMode):
         frame = self._stack[-1]
         makes: list[tuple[int, Tensor | None]] = [(k, t) for k, t in fresh if t.numel() and k not in self._constant]
         name = str(func._overloadpacket).removeprefix("aten.").strip("_")
-        op = _Op(name, reads, makes, _macs(func, args, kwargs, out), _is_pointwise(func), tuple(results[0].shape))
+        op = _Op(
+            name, reads, makes, operator_macs(func, args, kwargs, out), _is_pointwise(func), tuple(results[0].shape)
+        )
         if frame.whole:
             # Only the shapes of what stays inside a layer matter, unless it turns out to be worth expanding.
             frame.ops.append(op)
@@ -334,7 +336,8 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+def operator_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiply-accumulates of one call of an operator, as a dispatch mode sees it; 0 where there are none."""
     packet = func._overloadpacket
     if packet in flop_registry:
         flops: int = flop_registry[packet](*args, **kwargs, out_val=out)

@@ -255,8 +255,8 @@ def _sparsity(model: nn.Module, target: Target) -> list[str]:
         zero = module.weight.detach() == 0
         if (share := zero.float().mean().item()) < _SPARSE:
             continue
-        rows = zero.flatten(1)
-        halves = rows.shape[1] % 4 == 0 and bool((rows.reshape(-1, 4).sum(1) >= 2).all())
+        rows = zero.movedim(1, -1).flatten(1)  # the pattern runs along the input channels
+        halves = zero.shape[1] % 4 == 0 and bool((rows.reshape(-1, 4).sum(1) >= 2).all())
         pattern = "2:4" if halves else "unstructured"
         if pattern not in target.sparsity:
             found.setdefault(pattern, []).append(f"{name} ({share:.0%})")

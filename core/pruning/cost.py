@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.pruning.coupling import Group
-from core.pruning.surgery import Key, Side, slots
+from core.pruning.surgery import Key, Side, find, slots
 
 Fractions = Mapping[Key, float]
 
@@ -67,6 +67,18 @@ def parameter_cost(model: nn.Module) -> Cost:
 def channel_cost(groups: Iterable[Group]) -> Cost:
     """Channels of the groups that may be pruned."""
     return Cost("channels", 0.0, tuple(Term(group.channels, (group.key,)) for group in groups))
+
+
+def output_cost(model: nn.Module, groups: Iterable[Group]) -> Cost:
+    """Output channels of the convolutions and linear layers that make the groups: coupled ones count once a layer."""
+    return Cost("outputs", 0.0, tuple(Term(made_channels(model, group), (group.key,)) for group in groups))
+
+
+def made_channels(model: nn.Module, group: Group) -> int:
+    """Output channels of convolutions and linear layers that go when all of a group goes: every maker counts."""
+    makers = [(find(model, m.layer), m) for m in group.members if m.side == "out"]
+    matrix = (nn.modules.conv._ConvNd, nn.Linear)
+    return sum(len(m.index) for layer, m in makers if isinstance(layer, matrix))
 
 
 def mac_cost(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:

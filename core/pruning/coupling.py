@@ -139,7 +139,7 @@ def coupled_groups(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[G
             reasons[name] = f"coupled with channels of {overlap[0]} that another group holds"
         elif tied := [m.layer for m in found.members if any(_is_shared(model, m, s, shared) for s in ("", "weight"))]:
             reasons[name] = f"{tied[0]} shares its weight with another layer"
-        elif why := _fault(model, inputs, found, reference):
+        elif why := fault(model, inputs, found, reference):
             reasons[name] = why
         else:
             groups.append(found)
@@ -334,7 +334,7 @@ def _blocks(count: int, constraints: list[tuple[str, list[tuple[int, int]], int]
     return tuple(tuple(b) for b in blocks.values())
 
 
-def _fault(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, reference: list[Tensor]) -> str:
+def fault(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, reference: list[Tensor]) -> str:
     """What goes wrong when half of a group is removed; empty when nothing does."""
     half = group.channels // 2 // len(group.blocks) * len(group.blocks)
     if half == 0:

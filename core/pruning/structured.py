@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from core.compress import Outcome, Skipped, handles
 from core.kit import Context, Graph, InputError, Step
-from core.pruning.cost import Cost, channel_cost, count_macs, mac_cost, parameter_cost
+from core.pruning.cost import Cost, channel_cost, count_macs, mac_cost, made_channels, output_cost, parameter_cost
 from core.pruning.coupling import Group, coupled_groups, outputs
 from core.pruning.importance import Criterion, bn_gamma, magnitude, taylor
+from core.pruning.parts import Coupled, find_parts, groups_in_parts
 from core.pruning.sensitivity import Loss, allocate, sensitivity
 from core.pruning.surgery import Key, shrink, structure_of
 from core.train import Schedule, fit
@@ -27,13 +28,16 @@ from core.train import Schedule, fit
 class Prune(Step):
     """Remove channels until `ratio` of the MACs, parameters or prunable channels is gone.
 
+    "channels" counts those of a coupled group once, "outputs" counts the output channels of every layer that makes
+    them. `parts` are submodules to prune each by itself, where the whole network cannot be traced, or only those are to
+    be pruned: a name, a name pattern, or "a > b" where b takes what a gives (see `core.pruning.parts`).
     `keep` are name patterns of layers whose output channels stay (final heads); their inputs follow the
     layers before. Channels stay multiples of `round_to`. `batches` batches of the training split serve
     the Taylor importance and the sensitivity. With `finetune_epochs` the smaller model is trained after.
     """
 
     ratio: float
-    of: Literal["macs", "parameters", "channels"] = "macs"
+    of: Literal["macs", "parameters", "channels", "outputs"] = "macs"
     importance: Criterion = "l1"
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     round_to: int = 8
@@ -42,12 +46,13 @@ class Prune(Step):
     finetune_epochs: int = 0
     finetune_lr: float = 1e-3
     batch_size: int = 8
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise InputError(f"Prune.ratio: {self.ratio}, expected a number between 0 and 1")
         for name, known in (
-            ("of", ("macs", "parameters", "channels")),
+            ("of", ("macs", "parameters", "channels", "outputs")),
             ("importance", ("l1", "l2", "bn", "taylor")),
             ("allocation", ("uniform", "sensitivity")),
         ):
@@ -73,12 +78,17 @@ def prune(model: nn.Module, step: Prune, context: Context) -> Outcome:
     before_macs, before_parameters = count_macs(part, inputs), _parameters(part)
     shapes = [t.shape for t in outputs(part, inputs)]
 
-    found, skipped = coupled_groups(part, inputs)
+    if step.parts:
+        told = context.kit.coupled(part) if isinstance(context.kit, Coupled) else ()
+        found, skipped = groups_in_parts(part, inputs, find_parts(part, step.parts), told)
+    else:
+        found, skipped = coupled_groups(part, inputs)
     skipped = [Skipped(prefix + s.layer, s.why) for s in skipped]
     groups, importances = _candidates(model, part, found, step, context, graph, skipped)
     if not groups:
         raise InputError(f"Prune: no layer of {context.kit.name} can be pruned; first reason: {skipped[0].why}")
     cost = _cost(part, inputs, groups, step)
+    made = [made_channels(part, group) for group in groups]
     curves = None
     if step.allocation == "sensitivity":
         loss = _part_loss(model, part, context, graph)
@@ -103,11 +113,13 @@ def prune(model: nn.Module, step: Prune, context: Context) -> Outcome:
         raise RuntimeError("Prune: the outputs changed their shapes though every group alone kept them")
 
     macs, parameters = count_macs(part, inputs), _parameters(part)
+    left = sum(m * keep // group.channels for m, keep, group in zip(made, keeps, groups, strict=True))
     changed.insert(0, {
         "layer": graph.part or "(model)",
         "what": f"{reached:.1%} of the {step.of} removed of {step.ratio:.1%} asked: "
                 f"MACs {before_macs:,} -> {macs:,}, parameters {before_parameters:,} -> {parameters:,}",
         "reached": round(reached, 6), "macs": [before_macs, macs], "parameters": [before_parameters, parameters],
+        "outputs": [sum(made), left],
     })  # fmt: skip
     if step.finetune_epochs:
         model = _finetune(model, step, context)
@@ -187,6 +199,8 @@ def _sample(step: Prune, context: Context) -> list[Any]:
 def _cost(part: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[Group], step: Prune) -> Cost:
     if step.of == "macs":
         return mac_cost(part, inputs)
+    if step.of == "outputs":
+        return output_cost(part, groups)
     return parameter_cost(part) if step.of == "parameters" else channel_cost(groups)
 
 

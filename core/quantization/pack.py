@@ -108,7 +108,7 @@ def pack_model(model: nn.Module, step: Pack, context: Context) -> Outcome:
     """Choose the bits, then pack layer by layer; each float weight is let go as its packed form is there."""
     model.eval()
     names, skipped = _packable(model)
-    batches: Iterable[tuple[Tensor, ...]] = _Inputs(context, step.samples, step.batch_size) if step.needs_inputs else []
+    batches: Iterable[tuple[Tensor, ...]] = _Inputs(context, step, model) if step.needs_inputs else []
     changed: list[dict[str, Any]] = []
     errors: Errors = {}
     bits = _overridden(step, names)
@@ -132,9 +132,9 @@ def pack_model(model: nn.Module, step: Pack, context: Context) -> Outcome:
 class _Inputs(CalibrationInputs):
     """Calibration inputs in batches of the step's size."""
 
-    def __init__(self, context: Context, samples: int, batch_size: int) -> None:
-        super().__init__(context, samples)
-        self._batch_size = batch_size
+    def __init__(self, context: Context, step: Pack, model: nn.Module) -> None:
+        super().__init__(context, step.samples, model)
+        self._batch_size = step.batch_size
         self._arguments = self._kit.calibration if isinstance(self._kit, Calibrated) else self._kit.inputs
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:

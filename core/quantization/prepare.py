@@ -35,8 +35,8 @@ class Plan:
     """The fields that the steps Quantize and QAT share: schemes, calibration, and what stays float.
 
     `activation_bits` 0 quantizes weights only. `group_size` counts elements of the flattened kernel and is
-    used with granularity "group". `samples` training samples calibrate the activations. Layers whose name matches a
-    pattern of `keep` (fnmatch: "head.*") stay float. `quantize_outputs` adds output quantizers, which ONNX
+    used with granularity "group". `samples` training samples calibrate the activations. Only layers whose name
+    matches a pattern of `layers` (fnmatch: "head.*") and none of `keep` are quantized; the others stay float. `quantize_outputs` adds output quantizers, which ONNX
     Runtime needs to run a convolution in INT8 where no ReLU follows; OpenVINO does without.
     """
 
@@ -50,6 +50,7 @@ class Plan:
     calibration: Method = "minmax"
     samples: int = 64
     keep: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ("*",)
     quantize_outputs: bool = False
 
     def __post_init__(self) -> None:
@@ -113,9 +114,13 @@ def survey(model: nn.Module, plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[St
     folds, skipped = find_folds(model, inputs)
     seen = watch(model, inputs, (nn.Conv2d, nn.Linear))
     modules = dict(model.named_modules())
-    for pattern in plan.keep:
-        if not any(fnmatchcase(name, pattern) for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)):
-            raise InputError(f"keep: pattern {pattern!r} matches no convolution or linear layer; correct or remove it")
+    kernels = [name for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for field, patterns in (("keep", plan.keep), ("layers", () if plan.layers == ("*",) else plan.layers)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in kernels):
+                raise InputError(
+                    f"{field}: pattern {pattern!r} matches no convolution or linear layer; correct or remove it"
+                )
     layers = []
     for name, module in modules.items():
         if name == "" or isinstance(module, Quantizer) or not _has_kernel(module):
@@ -240,6 +245,8 @@ def _obstacle(
     for pattern in plan.keep:
         if fnmatchcase(name, pattern):
             return f"kept float by pattern {pattern!r}"
+    if not any(fnmatchcase(name, pattern) for pattern in plan.layers):
+        return f"not among layers {', '.join(repr(pattern) for pattern in plan.layers)}"
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is neither nn.Conv2d nor nn.Linear"
     parts = name.split(".")

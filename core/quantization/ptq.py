@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.compress import Outcome, Skipped, handles
-from core.kit import Context, InputError, Kit, Step
+from core.kit import Context, InputError, Kit, Step, Streamed
 from core.quantization.error import weight_sqnr
 from core.quantization.modules import QuantConv2d, QuantLayer, quant_layers
 from core.quantization.prepare import Plan, Structure, build, calibrate, survey
@@ -33,19 +33,49 @@ class Quantize(Plan, Step):
 
 
 class CalibrationInputs:
-    """The kit's inputs for samples of the training split: tuples of tensors, made anew for each iteration."""
+    """The kit's inputs for samples of the training split: tuples of tensors, made anew for each iteration.
 
-    def __init__(self, context: Context, samples: int) -> None:
+    Where a kit is `core.kit.Streamed`, its stream is sent what `model` returns for each tuple while it is iterated.
+    """
+
+    def __init__(self, context: Context, samples: int, model: nn.Module) -> None:
         dataset = context.kit.dataset(context.data, "train", context.preset)
         if len(dataset) == 0:
             raise InputError("calibration: the training split holds no samples; give a folder that has some")
-        chosen = random.Random(context.seed).sample(range(len(dataset)), min(samples, len(dataset)))
         self._kit: Kit = context.kit
-        self._samples = [dataset[i] for i in sorted(chosen)]
+        self._model, self._count, self._seed = model, samples, context.seed
+        if isinstance(context.kit, Streamed):
+            self._samples = list(dataset)
+        else:
+            chosen = random.Random(context.seed).sample(range(len(dataset)), min(samples, len(dataset)))
+            self._samples = [dataset[i] for i in sorted(chosen)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if isinstance(self._kit, Streamed):
+            yield from self._stream(self._kit)
+            return
         for batch in self._kit.batches(self._samples, _BATCH, train=False):
             yield self._kit.inputs(batch)
+
+    def _stream(self, kit: Streamed) -> Iterator[tuple[Tensor, ...]]:
+        """The tuples of the kit's stream, with each output of the model sent back to it."""
+        found: list[Any] = []
+        handle = self._model.register_forward_hook(lambda module, args, output: found.append(output))
+        stream = kit.stream(self._samples, self._count, self._seed)
+        try:
+            arguments = next(stream, None)
+            while arguments is not None:
+                found.clear()
+                yield arguments
+                if not found:
+                    raise RuntimeError("calibration: the model was not run on the inputs that its stream gave")
+                try:
+                    arguments = stream.send(found[-1])
+                except StopIteration:
+                    return
+        finally:
+            handle.remove()
+            stream.close()
 
 
 def restore(model: nn.Module, step: Quantize, structure: dict[str, Any]) -> nn.Module:
@@ -56,7 +86,7 @@ def restore(model: nn.Module, step: Quantize, structure: dict[str, Any]) -> nn.M
 @handles(Quantize, restore=restore)
 def quantize_model(model: nn.Module, step: Quantize, context: Context) -> Outcome:
     """Fold batch norms, set all quantizers from calibration samples, correct the biases."""
-    batches = CalibrationInputs(context, step.samples)
+    batches = CalibrationInputs(context, step.samples, model)
     structure, skipped = quantize_layers(model, step, batches, biased=step.bias_correction)
     if step.bias_correction:
         correct_biases(model, batches, structure.layers)

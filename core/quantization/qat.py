@@ -45,7 +45,7 @@ def train_quantized(model: nn.Module, step: QAT, context: Context) -> Outcome:
     skipped: list[Skipped] = []
     structure: dict[str, Any] = {}
     if next(quantizers(model), None) is None:
-        inputs = CalibrationInputs(context, step.samples)
+        inputs = CalibrationInputs(context, step.samples, model)
         built, skipped = quantize_layers(model, step, inputs, biased=False)
         changed, structure = describe(model, step, built), built.to_json()
     samples = context.kit.dataset(context.data, "train", context.preset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,14 @@ class Keyframe:
     def sample(self) -> Sample:
         """Its recordings."""
         return self.data.sample(self.token)
+
+    @property
+    def before(self) -> Keyframe | None:
+        """The keyframe before it in its scene."""
+        if not self.index:
+            return None
+        token = self.data.scenes[self.scene].samples[self.index - 1]
+        return replace(self, token=token, index=self.index - 1)
 
     def views(self, images: Images) -> Views:
         """The six cameras at the network's size; one that cannot be read is black and named in `missing`."""

@@ -57,7 +57,19 @@ def _sample(maps: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-class TemporalSelfAttention(nn.Module):
+class _Sampling(nn.Module):
+    """What the sampling attentions share: heads, and values that pruning may have made narrower than the queries."""
+
+    heads: int
+    value_proj: nn.Linear
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of the values of one head."""
+        return self.value_proj.out_features // self.heads
+
+
+class TemporalSelfAttention(_Sampling):
     """BEV cells attend to the history and to the present, each with its own points; the two results are averaged.
 
     Linear outputs are laid out heads, queue (0 history, 1 present), points, (x, y).
@@ -76,23 +88,21 @@ class TemporalSelfAttention(nn.Module):
 
     def forward(self, query: Tensor, position: Tensor, value: Tensor, reference: Tensor) -> Tensor:
         """query and position (B, Q, C), value (B, 2, Q, C) and reference (B, 2, Q, 2) history first -> (B, Q, C)."""
-        B, Q, C = query.shape
+        B, Q, _ = query.shape
         H, P, h, w = self.heads, self.points, self.bev_h, self.bev_w
         both = torch.cat((value[:, 0], query + position), -1)
         offsets = self.sampling_offsets(both).view(B, Q, H, 2, P, 2)
         weights = self.attention_weights(both).view(B, Q, H, 2, P).softmax(-1)
         places = reference.transpose(1, 2)[:, :, None, :, None] + offsets / offsets.new_tensor((w, h))
         grid = (2 * places - 1).permute(0, 3, 2, 1, 4, 5).reshape(B * 2 * H, Q, P, 2)
-        maps = (
-            self.value_proj(value).view(B * 2, h, w, H, C // H).permute(0, 3, 4, 1, 2).reshape(B * 2 * H, C // H, h, w)
-        )
-        maps = maps.reshape(B * 2 * H, C // H, h, w)
+        maps = self.value_proj(value).view(B * 2, h, w, H, self.head_dim).permute(0, 3, 4, 1, 2)
+        maps = maps.reshape(B * 2 * H, self.head_dim, h, w)
         out = _spread(_sample(maps, grid), weights.permute(0, 3, 2, 1, 4).reshape(B * 2 * H, Q, P))
-        mean = out.view(B, 2, C, Q).mean(1).transpose(1, 2)
+        mean = out.view(B, 2, H * self.head_dim, Q).mean(1).transpose(1, 2)
         return query + self.dropout(self.output_proj(mean))
 
 
-class CameraAttention(nn.Module):
+class CameraAttention(_Sampling):
     """The sampling inside of spatial cross-attention: no output projection.
 
     Linear outputs are laid out heads, levels, points / D, D, (x, y): the points of the pillar vary fastest.
@@ -109,10 +119,10 @@ class CameraAttention(nn.Module):
 
     def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views) -> Tensor:
         """query (B, Q, C), value (B, N, sum of h * w, C) with the (h, w) of its levels -> (B, Q, C)."""
-        B, Q, C = query.shape
+        B, Q, _ = query.shape
         N = value.shape[1]
         K, D = views.points.shape[2:4]
-        H, L, P, d = self.heads, self.levels, self.points, C // self.heads
+        H, L, P, d = self.heads, self.levels, self.points, self.head_dim
         offsets = self.sampling_offsets(query).view(B, Q, H, L, 1, P // D, D, 2)
         weights = self.attention_weights(query).view(B, Q, H, L * P).softmax(-1).view(B, Q, H, L, 1, P)
         weights = (weights * views.weights[:, :, None, None, :, None]).permute(0, 2, 3, 1, 4, 5)
@@ -127,7 +137,7 @@ class CameraAttention(nn.Module):
             maps = F.pad(maps, (0, 0, 0, 1)).reshape(B * H, d, N * (h + 1), w)
             part = _spread(_sample(maps, grid), weights[:, :, level].reshape(B * H, Q, K * P))
             result, start = result + part, start + h * w
-        return result.view(B, C, Q).transpose(1, 2)
+        return result.view(B, H * d, Q).transpose(1, 2)
 
 
 def _tall(places: Tensor, cameras: Tensor, count: int, h: int, w: int) -> Tensor:
@@ -157,7 +167,7 @@ class SpatialCrossAttention(nn.Module):
         return query + self.dropout(self.output_proj(self.deformable_attention(query, value, shapes, views)))
 
 
-class DeformableAttention(nn.Module):
+class DeformableAttention(_Sampling):
     """Object queries attend to the BEV around their reference points.
 
     Linear outputs are laid out heads, points, (x, y).
@@ -176,16 +186,17 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, position: Tensor, bev: Tensor, reference: Tensor) -> Tensor:
         """query and position (B, Q, C), bev (B, cells, C), reference (B, Q, 2) in 0..1 -> (B, Q, C)."""
-        B, Q, C = query.shape
+        B, Q, _ = query.shape
         H, P, h, w = self.heads, self.points, self.bev_h, self.bev_w
         placed = query + position
         offsets = self.sampling_offsets(placed).view(B, Q, H, P, 2)
         weights = self.attention_weights(placed).view(B, Q, H, P).softmax(-1)
         places = reference[:, :, None, None] + offsets / offsets.new_tensor((w, h))
         grid = (2 * places - 1).transpose(1, 2).reshape(B * H, Q, P, 2)
-        maps = self.value_proj(bev).view(B, h, w, H, C // H).permute(0, 3, 4, 1, 2).reshape(B * H, C // H, h, w)
+        maps = self.value_proj(bev).view(B, h, w, H, self.head_dim).permute(0, 3, 4, 1, 2)
+        maps = maps.reshape(B * H, self.head_dim, h, w)
         out = _spread(_sample(maps, grid), weights.transpose(1, 2).reshape(B * H, Q, P))
-        return query + self.dropout(self.output_proj(out.view(B, C, Q).transpose(1, 2)))
+        return query + self.dropout(self.output_proj(out.view(B, H * self.head_dim, Q).transpose(1, 2)))
 
 
 class SelfAttention(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.dense_loss import PixelHead, cell_loss
-from kits.bev_perception.model.detector import BEVFormer, Predictions
+from kits.bev_perception.model.detector import BEVFormer, Head, Predictions
 from kits.bev_perception.model.loss import Truth, assigned_loss, matched_loss
 
 
@@ -50,6 +50,27 @@ class Losses:
     bev: Tensor
 
 
+def head_losses(
+    head: Head, bev: Tensor, truths: Sequence[Truth], denoiser: Denoiser | None = None, denoising_weight: float = 1.0
+) -> dict[str, Tensor]:
+    """What a head loses on a BEV (B, Q, C), by part: see `Learner.losses`."""
+    dense = head.dense(bev)
+    queries, parts = head.queries(bev, dense), {}
+    if denoiser is None or not any(len(truth.labels) for truth in truths):
+        parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights)
+    else:
+        extended, targets = denoiser(queries, truths)
+        found, T = head.decode(bev, extended), targets.labels.shape[1]
+        noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
+        plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
+        parts |= matched_loss(plain, truths, head.code_weights)
+        again = assigned_loss(noised, targets, head.code_weights)
+        parts |= {f"dn.{name}": denoising_weight * value for name, value in again.items()}
+    if dense is not None:
+        parts |= {f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config).items()}
+    return parts
+
+
 class Learner(nn.Module):
     """Trains `detector`; `denoiser` is left out where `noise` is None, and `pixels` unless asked for."""
 
@@ -76,20 +97,7 @@ class Learner(nn.Module):
         bev = head.encode(
             features, view.lidar2img, view.can_bus, self.remember(batch), view.has_prev, view.camera_mask, shape
         )
-        dense = head.dense(bev)
-        queries, parts = head.queries(bev, dense), {}
-        if self.denoiser is None or not any(len(truth.labels) for truth in truths):
-            parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights)
-        else:
-            extended, targets = self.denoiser(queries, truths)
-            found, T = head.decode(bev, extended), targets.labels.shape[1]
-            noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
-            plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
-            parts |= matched_loss(plain, truths, head.code_weights)
-            again = assigned_loss(noised, targets, head.code_weights)
-            parts |= {f"dn.{name}": self.denoising_weight * value for name, value in again.items()}
-        if dense is not None:
-            parts |= {f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config).items()}
+        parts = head_losses(head, bev, truths, self.denoiser, self.denoising_weight)
         if self.pixels is not None:
             parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths).items()}
         return Losses(torch.stack(list(parts.values())).sum(), parts, bev.detach())

@@ -1,0 +1,93 @@
+"""The compressed detector against its original: latency in one runtime, channels, patterns, compute, and who loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from core.evaluation.bench import bench
+from core.evaluation.measure import device, runtime_title
+from core.export.artifact import origin_of
+from core.figures import Estimated, Figure, Figures, Measured
+from core.hardware.profile import profile
+from core.kit import Kit
+from kits.bev_perception.acceptance import RATE_HZ, observed, verdict
+from kits.bev_perception.data.keyframes import Keyframe
+from kits.bev_perception.model.configs import NANO
+
+SECONDS = {"smoke": 4.0, "full": 30.0}
+
+
+def compare(
+    kit: Kit, original: nn.Module, compressed: nn.Module, samples: Sequence[Keyframe], artifact: Any, preset: str
+) -> tuple[Figures, list[dict[str, Any]]]:
+    """Figures that need both models, and a table of the scores by group of frames."""
+    origin = origin_of(compressed)
+    assert origin is not None  # the run compares what it exported
+    variant = artifact.variants[origin.variant]
+    twin = next(v.name for v in artifact.variants.values() if v.runtime == variant.runtime and v.precision == "fp32")
+    figures = _latency(kit, artifact, twin, variant.name, samples, preset)
+    figures |= _compute(kit, original, artifact)
+    more, table = _groups(artifact, twin, variant.name, samples)
+    return figures | more, [table]
+
+
+def _latency(kit: Kit, artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe], preset: str) -> Figures:
+    """The network alone, both variants in turns in one runtime."""
+    few = list(samples[:4])
+    runs = {name: kit.pipeline(artifact.as_module(name, 2), few) for name in (twin, variant)}
+    timed = bench(runs, seconds=SECONDS[preset], threads=2, label="both precisions in turns")
+    ratio = timed.ratios[variant, twin]
+    basis = Measured(
+        device(), f"{runtime_title(artifact, variant, 2)} in turns with {runtime_title(artifact, twin, 2)}",
+        timed.timings[variant].runs, (ratio.high - ratio.low) / 2, artifact.sha256,
+        note="decoded images to boxes, FP32 is 1",
+    )  # fmt: skip
+    return Figures([Figure("latency_share", ratio.value, "x", basis)])
+
+
+def _compute(kit: Kit, original: nn.Module, artifact: Any) -> Figures:
+    """Exact operations of the network that was exported, at the rate of the gates."""
+    found = Figures()
+    (graph,) = kit.exports()
+    macs = sum(layer.macs for layer in profile(graph.module(original), tuple(graph.inputs.values())))
+    basis = Estimated("exact multiplications and additions of one forward, times the rate", (f"{RATE_HZ:g} Hz",), 0.0)
+    return found | Figures([Figure("tops", 2 * macs * RATE_HZ / 1e12, "TOPS", basis, "original")])
+
+
+def _groups(artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe]) -> tuple[Figures, dict[str, Any]]:
+    """Losses by day, by night and after sudden obstacles, both variants over the same frames."""
+    threshold = artifact.meta["threshold"]
+    judged = {
+        name: verdict(samples, observed(artifact.as_module(name, 2), samples, NANO, f"comparing, {name}"), threshold)
+        for name in (twin, variant)
+    }
+    values: Mapping[str, Mapping[str, tuple[float, str]]] = {name: v.figures() for name, v in judged.items()}
+    before, after = values[twin], values[variant]
+    basis = Measured(
+        device(), f"{runtime_title(artifact, twin)} minus {runtime_title(artifact, variant)}",
+        len(samples), None, artifact.sha256, note="the same frames",
+    )  # fmt: skip
+    day, night = (before[f"nds_{light}"][0] - after[f"nds_{light}"][0] for light in ("day", "night"))
+    made = {
+        "night_loss_excess": night - day,
+        "sudden_recall_gain": after["sudden_recall"][0] - before["sudden_recall"][0],
+    }
+    figures = Figures(Figure(name, value, "points", basis) for name, value in made.items() if value == value)
+    rows = []
+    for name in ("all", "day", "night", "event"):
+        key = "" if name == "all" else f"_{name}"
+        frames = len(samples) if name == "all" else judged[twin].frames.get(name, 0)
+        cells = [v[f"{metric}{key}"][0] for metric in ("nds", "map") for v in (before, after)]
+        rows.append([name, frames, *(round(c, 2) if c == c else None for c in cells)])
+    sudden = judged[twin].sudden
+    table = {
+        "title": "By day, by night, and within 2 s of a sudden obstacle",
+        "columns": ["frames", "number", f"NDS {twin}", f"NDS {variant}", f"mAP {twin}", f"mAP {variant}"],
+        "rows": rows,
+        "note": f"generated streets; {len(sudden.delays)} sudden obstacles, found within 0.5 s: "
+        f"{sudden.found} with {twin}, {judged[variant].sudden.found} with {variant}",
+    }
+    return figures, table

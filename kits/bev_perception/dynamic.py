@@ -1,0 +1,129 @@
+"""The dynamic path: a small detector watches, and a frame that looks like a surprise is looked at again by a large one.
+
+Cheap cues decide, from what is there anyway: how much the pictures have changed where the car will drive, and boxes on
+its way that are new or doubtful. A budget bounds the share of frames that are looked at twice, so that the mean cost is
+known beforehand and the worst frame costs one small and one large pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kits.bev_perception.model import boxes
+from kits.bev_perception.model.configs import Config
+
+GRID = (10, 18)
+"""Blocks of a picture whose change is looked at, rows first."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to look again.
+
+    A frame's alarm is the sum of three cues, each about 0 to 1: `change`, `novelty` and `doubt` are their weights. From
+    `alarm` on the frame is looked at again, while the budget lasts: `share` frames are earned a frame, `burst` at most
+    are saved up. `ahead` (m) and `aside` (m) bound the way before the car.
+    """
+
+    alarm: float = 0.6
+    change: float = 1.0
+    novelty: float = 1.0
+    doubt: float = 1.0
+    share: float = 0.25
+    burst: float = 2.0
+    ahead: float = 35.0
+    aside: float = 6.0
+    near: float = 3.0
+    """Metres within which a box is the one of the frame before."""
+
+
+@dataclass
+class Watch:
+    """What happened: the cues of each frame, and whether it was looked at again."""
+
+    alarms: list[float] = field(default_factory=list)
+    cues: list[tuple[float, float, float]] = field(default_factory=list)
+    again: list[bool] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """The share of frames that were looked at again, 0 to 1."""
+        return sum(self.again) / len(self.again) if self.again else 0.0
+
+
+class Dynamic(nn.Module):
+    """Called as `BEVFormer.forward` for one frame after the other; `small` and `large` share the form of the memory.
+
+    A frame without history begins a new scene: then there is nothing to compare with, and it is seen as it comes.
+    """
+
+    def __init__(self, small: nn.Module, large: nn.Module, config: Config, policy: Policy | None = None) -> None:
+        super().__init__()
+        self.small, self.large, self.config = small, large, config
+        self.policy = policy or Policy()
+        self.watch = Watch()
+        self._saved = self.policy.burst
+        self._blocks: Tensor | None = None
+        self._seen: Tensor | None = None
+
+    def forward(
+        self,
+        images: Tensor,
+        lidar2img: Tensor,
+        can_bus: Tensor,
+        prev_bev: Tensor,
+        has_prev: Tensor,
+        camera_mask: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if float(has_prev[0]) < 0.5:
+            self._blocks, self._seen, self._saved = None, None, self.policy.burst
+        inputs = (images, lidar2img, can_bus, prev_bev, has_prev, camera_mask)
+        found: tuple[Tensor, Tensor, Tensor] = self.small(*inputs)
+        cues = self._change(images, camera_mask), *self._way(found, can_bus)
+        policy = self.policy
+        alarm = policy.change * cues[0] + policy.novelty * cues[1] + policy.doubt * cues[2]
+        self._saved = min(policy.burst, self._saved + policy.share)
+        again = alarm >= policy.alarm and self._saved >= 1
+        if again:
+            self._saved -= 1
+            found = self.large(*inputs)
+            self._way(found, can_bus, keep_only=True)
+        self.watch.alarms.append(alarm)
+        self.watch.cues.append(cues)
+        self.watch.again.append(again)
+        return found
+
+    def _change(self, images: Tensor, camera_mask: Tensor) -> float:
+        """How much more one block of the front picture has changed than the others, 0 (none) to 1."""
+        blocks = F.adaptive_avg_pool2d(images[0].mean(1, keepdim=True), GRID)[:, 0] * camera_mask[0][:, None, None]
+        before, self._blocks = self._blocks, blocks
+        if before is None:
+            return 0.0
+        # a car that drives changes all blocks; what jumps into the way changes few of them a lot
+        moved = (blocks - before)[0, GRID[0] // 3 :].abs().flatten()
+        usual = moved.median().clamp(min=1e-3)
+        return float(((moved.topk(3).values.mean() / usual) / 20).clamp(0, 1))
+
+    def _way(
+        self, found: tuple[Tensor, Tensor, Tensor], can_bus: Tensor, *, keep_only: bool = False
+    ) -> tuple[float, float]:
+        """(novelty, doubt): the surest box on the way that was not there before, and the most doubtful one."""
+        said = boxes.detections(found[0][0], found[1][0], self.config)
+        x, y = said.boxes[:, 0], said.boxes[:, 1]
+        way = (y > 0) & (y < self.policy.ahead) & (x.abs() < self.policy.aside) & (said.scores > 0.05)
+        # where the car has driven on, what stands still has come nearer
+        here = said.boxes[:, :2] + torch.stack((can_bus.new_zeros(()), can_bus[0, :2].norm()))
+        before, self._seen = self._seen, said.boxes[said.scores > 0.05][:, :2]
+        if keep_only or not bool(way.any()):
+            return 0.0, 0.0
+        scores = said.scores[way]
+        doubt = float((4 * scores * (1 - scores)).max())
+        if before is None or not len(before):
+            return 0.0, doubt
+        apart = torch.cdist(here[way], before).amin(1)
+        new = apart > self.policy.near
+        return (float(scores[new].max()) if bool(new.any()) else 0.0), doubt

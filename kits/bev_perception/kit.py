@@ -1,0 +1,293 @@
+"""The kit as `core` takes it: a small BEVFormer over scenes in nuScenes' format."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kits.bev_perception.predict import add_arguments, check, predict
+from torch import Tensor, nn
+
+from core.compress import compress, history, replay
+from core.evaluation.measure import device, runtime_title
+from core.export import RUNTIMES, export
+from core.figures import Figure, Figures, Measured, Stage
+from core.files import write_text
+from core.kit import Graph, InputError, Kit, Recipe
+from core.weights import load_weights, save_weights
+from kits.bev_perception import training
+from kits.bev_perception.acceptance import GATES, RATE_HZ, freeze_threshold, observed, verdict
+from kits.bev_perception.card import write_card
+from kits.bev_perception.comparison import compare
+from kits.bev_perception.data.boxes import Boxes
+from kits.bev_perception.data.default import default_set
+from kits.bev_perception.data.keyframes import Keyframe, keyframes
+from kits.bev_perception.data.nuscenes import NuScenes
+from kits.bev_perception.data.streams import AS_IT_IS, Variation, with_past
+from kits.bev_perception.metrics.results import write_results
+from kits.bev_perception.model.boxes import detections
+from kits.bev_perception.model.configs import NANO
+from kits.bev_perception.model.detector import OUTPUTS, BEVFormer, example_inputs
+from kits.bev_perception.model.learner import Batch, Learner
+from kits.bev_perception.model.state import BevState
+from kits.bev_perception.pictures import scene_strip
+from kits.bev_perception.recipes import DEFAULT, RECIPES
+from kits.bev_perception.scenes import network_images
+
+WEIGHTS = Path(__file__).parent / "weights"
+CONFIG = NANO
+DEPTH = 2
+"""Frames before a sample that its memory is made of, where samples come in no order."""
+
+
+class BevPerception:
+    """The kit. `model` (see `of`) makes the memory of batches; without one the shipped weights do."""
+
+    name = "bev_perception"
+    title = "BEV perception: a pruned, mixed-precision detector of six cameras"
+    recipes: Mapping[str, Recipe] = RECIPES
+    default_recipe = DEFAULT
+    default_target = "automotive-10tops"
+    headline = "nds"
+    rate_hz = RATE_HZ
+    gates = GATES
+    runtimes: tuple[str, ...] = RUNTIMES
+
+    def __init__(self, model: BEVFormer | None = None) -> None:
+        self._model = model
+
+    def of(self, model: nn.Module) -> Kit:
+        """The kit whose batches remember with this model."""
+        return BevPerception(model) if isinstance(model, BEVFormer) else self
+
+    def model(self, weights: Path | None = None) -> nn.Module:
+        """`nano` in eval mode with the shipped FP32 weights, those of a file or of what `train` left."""
+        path = weights or WEIGHTS
+        if path.is_dir():
+            path = next(
+                (p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()),
+                path / "fp32.safetensors",
+            )
+        return _load(BEVFormer(CONFIG), path)
+
+    def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        """FP32 and INT8 as shipped, and the frozen threshold."""
+        card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
+        int8 = replay(BEVFormer(CONFIG), card["int8"])
+        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {
+            "threshold": card["threshold"]
+        }
+
+    def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Keyframe]:
+        """The keyframes of a split of a nuScenes-format folder or of the generated set; "smoke" takes at most 24."""
+        if data is None:
+            return _samples(default_set(split, preset), "all")
+        found = _samples(data, self._split(data, split))
+        return found if preset == "full" else found[:24]
+
+    def _split(self, data: Path, split: str) -> str:
+        """The folder's name for a split: nuScenes has no third one, "test" is then "val"."""
+        known = _folder(data).splits
+        for name in (split, f"mini_{split}"):
+            if known.get(name):
+                return name
+        if split in ("test", "val") and any(known.get(n) for n in ("val", "mini_val")):
+            return "val" if known.get("val") else "mini_val"
+        if split in ("train", "val", "test"):
+            # a folder of one drive: all there is, which is said in the report's split
+            return "all"
+        raise InputError(f"{data}: no split {split!r}; use train, val or test, or name it in splits.json")
+
+    def batches(self, samples: Sequence[Keyframe], batch_size: int, *, train: bool, seed: int = 0) -> Iterable[Batch]:
+        """Keyframes with the frames before them; with `train` in any order and varied."""
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(samples)) if train else np.arange(len(samples))
+        return self._batches([samples[i] for i in order], batch_size, rng if train else None)
+
+    def _batches(
+        self, samples: Sequence[Keyframe], batch_size: int, rng: np.random.Generator | None
+    ) -> Iterator[Batch]:
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            varied = [Variation.drawn(rng) if rng is not None else AS_IT_IS for _ in part]
+            yield with_past(part, varied, CONFIG, DEPTH)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The six inputs of the detector; the memory is what the kit's model remembers of the frames before."""
+        view = batch.view
+        memory = Learner(self._own()).remember(batch)
+        return view.images, view.lidar2img, view.can_bus, memory, view.has_prev, view.camera_mask
+
+    def _own(self) -> BEVFormer:
+        if self._model is None:
+            shipped = self.model()
+            assert isinstance(shipped, BEVFormer)
+            self._model = shipped
+        return self._model
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of a batch without denoising, a scalar."""
+        found: Tensor = Learner(model)(batch)  # type: ignore[arg-type]
+        return found
+
+    def exports(self) -> tuple[Graph, ...]:
+        """One graph: cameras, motion and memory to boxes and memory."""
+        return (Graph("detector", example_inputs(CONFIG), OUTPUTS),)
+
+    def report_split(self, data: Path | None) -> str:
+        """ "test", or nuScenes' own "val" where a folder has no test split: no choice of the kit looks at it there."""
+        return "test"
+
+    def freeze(self, module: nn.Module, data: Path | None, preset: str) -> dict[str, Any]:
+        """The threshold of pictures and warnings, frozen on validation scenes; of a folder without a split of its own
+        for that the shipped one stays.
+        """
+        if data is not None and self._split(data, "val") == self._split(data, "test"):
+            return self.shipped()[1]
+        samples = self.dataset(data, "val", preset)
+        threshold = freeze_threshold(samples, self._predictions(module, samples, "validating"))
+        return {"threshold": threshold, "frozen_on": f"{len(samples)} validation frames"}
+
+    def _predictions(self, module: nn.Module, samples: Sequence[Keyframe], label: str) -> dict[str, Boxes]:
+        return observed(module, samples, CONFIG, label)
+
+    def score(
+        self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]
+    ) -> dict[str, tuple[float, str]]:
+        """NDS and its parts, by day, by night and after events, and the recall of sudden obstacles."""
+        found = self._predictions(module, samples, "watching")
+        return verdict(samples, found, meta["threshold"]).figures()
+
+    def evaluate(
+        self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any], out: Path
+    ) -> dict[str, Any]:
+        """Metrics in `metrics.json`; the devkit's own file in `predictions/results_nusc.json`."""
+        found = self._predictions(module, samples, "watching")
+        (out / "predictions").mkdir(parents=True, exist_ok=True)
+        write_results(out / "predictions" / "results_nusc.json", found)
+        result = verdict(samples, found, meta["threshold"]).to_json()
+        write_text(out / "metrics.json", json.dumps(result, indent=1) + "\n")
+        return result
+
+    def train(self, data: Path | None, preset: str, out: Path, resume: bool, teacher: Path | None = None) -> Figures:
+        """Train from random weights, then run the default recipe; leaves weights/ with their card and artifact/."""
+        if teacher is not None:
+            raise InputError("--teacher: this kit distils by recipe; leave it out")
+        sets = {name: self.dataset(data, name, preset) for name in ("train", "val", "test")}
+        started = time.perf_counter()
+        schedule = training.SCHEDULES[preset]
+        trained = training.train_detector(sets["train"], schedule, out / "training", resume)
+        return self.finish(trained.model, sets, out, preset, data, resume, time.perf_counter() - started)
+
+    def finish(
+        self, model: nn.Module, sets: Mapping[str, Sequence[Keyframe]], out: Path, preset: str, data: Path | None,
+        resume: bool, seconds: float,
+    ) -> Figures:  # fmt: skip
+        """From a trained detector to what ships: weights, the default recipe, artifact, scores and card."""
+        weights = out / "weights"
+        weights.mkdir(parents=True, exist_ok=True)
+        save_weights(model.half(), weights / "fp32.safetensors")
+        fp32 = self.model(weights / "fp32.safetensors")
+        kit = BevPerception(fp32)  # type: ignore[arg-type]
+        int8, _ = compress(fp32, RECIPES[DEFAULT], kit, data=data, preset=preset, folder=out / "steps", resume=resume)
+        save_weights(int8, weights / "int8.safetensors")
+        artifact = export(
+            {"fp32": fp32, "int8": int8}, self.exports(), self.default_target, out / "artifact", kit=self.name
+        )
+        artifact.describe(kit.freeze(artifact.as_module("int8-openvino", threads=2), data, preset))
+        figures, scores = Figures(), {}
+        for name in artifact.variants:
+            found = kit._predictions(artifact.as_module(name, threads=2), sets["test"], f"watching, {name}")
+            judged = verdict(sets["test"], found, artifact.meta["threshold"])
+            scores[name] = judged.to_json()
+            basis = Measured(device(), runtime_title(artifact, name, 2), len(sets["test"]), None, artifact.sha256,
+                             note="split test")  # fmt: skip
+            stage: Stage = "original" if name.startswith("fp32") else "compressed"
+            figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in judged.figures().items() if v == v)
+        about = {
+            "data": "the folder given" if data else "the kit's generated world",
+            "frames": {name: len(samples) for name, samples in sets.items()},
+            "parameters": sum(p.numel() for p in fp32.parameters()),
+            "seconds": round(seconds),
+            "device": device(),
+            "preset": preset,
+        }
+        write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
+        return figures
+
+    def check(self, inputs: Sequence[str]) -> None:
+        """The folders of the inputs, in nuScenes' format."""
+        check(inputs)
+
+    def predict(
+        self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace
+    ) -> str:
+        """Boxes on all cameras and the BEV map, a GIF a scene, and `results_nusc.json`."""
+        return predict(module, CONFIG, inputs, meta, out, options)
+
+    def arguments(self, command: str, parser: argparse.ArgumentParser) -> None:
+        """The options of `predict`."""
+        if command == "predict":
+            add_arguments(parser)
+
+    def pipeline(self, module: nn.Module, samples: Sequence[Keyframe]) -> Callable[[], Any]:
+        """State, network and boxes of the next decoded frame."""
+        decoded = []
+        for sample in samples:
+            views = sample.views(CONFIG.images)
+            matrices = torch.from_numpy(views.lidar2img).float()[None]
+            decoded.append((sample.frame(views), network_images(views, CONFIG), matrices))
+        waiting, state = cycle(decoded), BevState(CONFIG)
+
+        def run() -> Any:
+            frame, images, lidar2img = next(waiting)
+            step = state.step(frame)
+            scores, codes, bev = module(images, lidar2img, *step.inputs)
+            state.keep(bev)
+            return detections(scores[0], codes[0], CONFIG)
+
+        return torch.inference_mode()(run)
+
+    def baselines(self, samples: Sequence[Keyframe], threads: int) -> dict[str, Callable[[], Any]]:
+        """No other tool here does this job without mmcv and a GPU."""
+        return {}
+
+    def compare(
+        self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
+    ) -> tuple[Figures, list[dict[str, Any]]]:
+        """Latency in the same runtime, channels, sparsity, compute, and losses by day, by night and after events."""
+        return compare(self, original, compressed, samples, artifact, preset)
+
+    def pictures(self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Frames by day and by night with what was found and what was there."""
+        return scene_strip(module, CONFIG, samples, meta["threshold"])
+
+
+@lru_cache(maxsize=8)
+def _folder(root: Path) -> NuScenes:
+    return NuScenes(root)
+
+
+@lru_cache(maxsize=16)
+def _samples(root: Path, split: str) -> list[Keyframe]:
+    data = _folder(root)
+    found = keyframes(data, data.split(split))
+    if not found:
+        raise InputError(f"{root}: split {split!r} holds no keyframe; give a folder that has some")
+    return found
+
+
+def _load(model: nn.Module, path: Path) -> nn.Module:
+    """Weights of a safetensors file, strictly; raises InputError naming the file where they do not fit."""
+    if not path.is_file():
+        raise InputError(f"{path}: no weights here; train them with: fitkit train bev_perception --out DIR")
+    load_weights(model, path)
+    return model.eval()

@@ -1,0 +1,113 @@
+"""How `nano` is trained: along streams of frames, with dense losses and denoising beside the matched loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.train import Fit, Schedule, fit
+from kits.bev_perception.data.keyframes import Keyframe
+from kits.bev_perception.data.streams import Shot, collate, streams
+from kits.bev_perception.model.configs import NANO, Config
+from kits.bev_perception.model.denoising import Noise
+from kits.bev_perception.model.detector import BEVFormer, empty_memory
+from kits.bev_perception.model.learner import Batch, Learner
+
+LANES = 2
+"""Scenes that a process shows side by side."""
+PROCESSES = 2
+"""Of the training of the shipped weights, one a core: `accelerate launch` or `torch.distributed.run`."""
+
+SCHEDULES = {
+    "full": Schedule(epochs=24, batch_size=LANES, lr=6e-4, weight_decay=0.01, warmup=0.03, ema=0.998, clip=10.0),
+    "smoke": Schedule(epochs=1, batch_size=LANES, lr=3e-4, weight_decay=0.01, warmup=0.2, ema=0.5, clip=10.0),
+}
+
+
+class Memory:
+    """The loss of rows of shots along a stream: keeps what the detector remembers of the row before."""
+
+    def __init__(self, config: Config, lanes: int) -> None:
+        self.config, self.lanes = config, lanes
+        self._bev: Tensor | None = None
+
+    def batch(self, shots: Sequence[Shot], device: torch.device) -> Batch:
+        """The row as a batch; where a scene begins, what is remembered is not looked at."""
+        view, truths = collate(shots, self.config)
+        bev = self._bev if self._bev is not None else empty_memory(self.config, len(shots))
+        moved = type(view)(*(t.to(device) for t in vars(view).values()))
+        there = [type(t)(t.boxes.to(device), t.labels.to(device)) for t in truths]
+        return Batch(moved, there, (), bev.to(device))
+
+    def keep(self, bev: Tensor) -> None:
+        """Remember for the row that follows."""
+        self._bev = bev.detach()
+
+
+class Streaming(nn.Module):
+    """A learner whose forward takes shots and returns the loss, so that several processes can share its gradient."""
+
+    def __init__(self, learner: Learner, memory: Memory) -> None:
+        super().__init__()
+        self.learner, self.memory = learner, memory
+
+    def forward(self, shots: Sequence[Shot]) -> Tensor:
+        device = self.learner.detector.pts_bbox_head.code_weights.device
+        found = self.learner.losses(self.memory.batch(shots, device))
+        self.memory.keep(found.bev)
+        return found.total
+
+
+def train_detector(
+    samples: Sequence[Keyframe],
+    schedule: Schedule,
+    folder: Path,
+    resume: bool,
+    *,
+    config: Config = NANO,
+    evaluate: Callable[[BEVFormer], float] | None = None,
+    on_epoch: Callable[[int, BEVFormer], bool | None] | None = None,
+    start: BEVFormer | None = None,
+) -> Fit:
+    """Train a detector from random weights, or from `start`; `fit.model` is the detector.
+
+    `evaluate` tells the epochs apart; the best one's weights are returned.
+    """
+    torch.manual_seed(schedule.seed)
+    lanes, processes = schedule.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    learner = Learner(start if start is not None else BEVFormer(config), Noise(groups=3), pixels=True)
+    model = Streaming(learner, Memory(config, lanes))
+    steps = -(-len(samples) // (lanes * processes)) * processes
+
+    def batches(epoch: int) -> Iterator[list[Shot]]:
+        for row in streams(samples, lanes * processes, schedule.seed * 1009 + epoch, train=True):
+            for process in range(processes):
+                yield row[process * lanes : (process + 1) * lanes]
+
+    def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
+        value: Tensor = net(shots)
+        return value
+
+    trained = fit(
+        model,
+        batches,
+        loss,
+        schedule,
+        steps_per_epoch=steps,
+        folder=folder,
+        resume=resume,
+        evaluate=None if evaluate is None else lambda m: evaluate(_detector(m)),
+        on_epoch=None if on_epoch is None else lambda epoch, m: on_epoch(epoch, _detector(m)),
+        label="training",
+    )
+    return Fit(_detector(trained.model), trained.history)
+
+
+def _detector(model: nn.Module) -> BEVFormer:
+    found = model.get_submodule("learner.detector")
+    assert isinstance(found, BEVFormer)
+    return found
