@@ -20,7 +20,7 @@ from core.export.parity import Criterion, ParityError, Reference, check, compare
 from core.export.trace import Export, audit_trace
 from core.hardware.host import processor
 from core.kit import Graph, InputError, Kit
-from core.quantization import Quantizer, pack_weights, quant_layers
+from core.quantization import Quantizer, half_layers, halve_weights, pack_weights, quant_layers
 
 __all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export", "export_kit"]
 
@@ -102,6 +102,8 @@ def _export_graph(
     model = onnx.to_onnx(part, graph)
     if simulated := quant_layers(part):
         pack_weights(model)
+    if half := half_layers(part):
+        halve_weights(model)
     # a quantizer's value is told under the name of the layer it belongs to
     layers = Layers(model, [n for n, m in part.named_modules() if not isinstance(m, Quantizer)], graph.part)
     quantized = {layers.full(n) for n, q in simulated.items() if q.input_quantizer is not None}
@@ -117,7 +119,10 @@ def _export_graph(
         found = load_module(runtime, path, None, as_tuple=True)(*inputs)
         layerwise = compare_layers(reference, model, layers, inputs, runtime, work, criterion)
         parity = check(f"{precision}-{runtime}", graph.name, graph.outputs, reference, found, layerwise, criterion)
-        results[runtime] = audit_file(runtime, path, layers, graph.name, precision, quantized), parity
+        results[runtime] = (
+            audit_file(runtime, path, layers, graph.name, precision, quantized, {layers.full(n) for n in half}),
+            parity,
+        )
     shutil.rmtree(work)
     if "onnxruntime" not in runtimes:
         for left in (source, source.with_suffix(".onnx.data")):

@@ -20,6 +20,7 @@ _ONNX_TYPES = {
 }  # fmt: skip
 _OPENVINO_TYPES = {
     "f32": "FP32", "f16": "FP16", "bf16": "BF16", "f64": "FP64", "u8": "INT8", "i8": "INT8", "u4": "INT4", "i4": "INT4",
+    "i32": "INT32", "i64": "INT64", "boolean": "BOOL",
 }  # fmt: skip
 _INTEGER_KERNELS = frozenset({"QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 _WEIGHTED_KERNELS = (
@@ -29,24 +30,40 @@ _OPENVINO_WEIGHTED = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"
 
 
 def audit_file(
-    runtime: str, path: Path, layers: Layers, graph: str, precision: str, quantized: Collection[str] = ()
+    runtime: str,
+    path: Path,
+    layers: Layers,
+    graph: str,
+    precision: str,
+    quantized: Collection[str] = (),
+    half: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read the real precision of every operator of one file.
 
     `layers` describes the ONNX model that the file came from, `quantized` names the layers that torch
-    quantizes with their activations. Returns {"operators": [{"graph", "operator", "layer",
-    "precision"}], "summary": {precision: count}, "weighted": {precision: count} (layers with weights
+    quantizes with their activations, `half` those that it puts into FP16. Returns {"operators":
+    [{"graph", "operator", "layer", "precision"}], "layers": [{"graph", "layer", "asked", "stored",
+    "ran"}] (those with weights: the recipe's precision, that of the weight in the file, and that of
+    the kernel), "summary": {precision: count}, "weighted": {precision: count} (layers with weights
     only), "warnings": [{"layer", "why"}]}.
     """
     operators = _onnxruntime(path, layers) if runtime == "onnxruntime" else _openvino(path, layers)
     warnings = _fell_back(operators, layers, quantized) if precision.split("-")[0] != "fp32" else _lowered(operators)
     warnings += _nothing_quantized(precision, layers) + _saturates(layers)
+    asked = _asked(operators, layers, graph, quantized, half)
+    warnings += _half_in_float(asked)
     summary = Counter(o["precision"] for o in operators)
     weighted = Counter(o["precision"] for o in operators if o["weighted"])
     rows = [
         {"graph": graph, "operator": o["operator"], "layer": o["layer"], "precision": o["precision"]} for o in operators
     ]
-    return {"operators": rows, "summary": dict(summary), "weighted": dict(weighted), "warnings": warnings}
+    return {
+        "operators": rows,
+        "layers": asked,
+        "summary": dict(summary),
+        "weighted": dict(weighted),
+        "warnings": warnings,
+    }
 
 
 def merge(audits: list[dict[str, Any]]) -> dict[str, Any]:
@@ -58,6 +75,7 @@ def merge(audits: list[dict[str, Any]]) -> dict[str, Any]:
         weighted.update(a["weighted"])
     return {
         "operators": [o for a in audits for o in a["operators"]],
+        "layers": [row for a in audits for row in a["layers"]],
         "summary": dict(summary),
         "weighted": dict(weighted),
         "warnings": [w for a in audits for w in a["warnings"]],
@@ -128,8 +146,13 @@ def _openvino(path: Path, layers: Layers) -> list[dict[str, Any]]:
         found = [layers.find(name) for name in info["originalLayersNames"].split(",") if name]
         origins = [n for n in found if n is not None]
         heavy = [n for n in origins if n.name in weighted] if kind in _OPENVINO_WEIGHTED else []
+        if not heavy and kind in _OPENVINO_WEIGHTED:
+            # a product that took in its bias bears the sum's name
+            heavy = [n for n in (layers.behind(o) for o in origins) if n is not None][:1]
         told = heavy[0] if heavy else origins[-1] if origins else None
         precision = _OPENVINO_TYPES.get(info["runtimePrecision"], str(info["runtimePrecision"]).upper())
+        if precision == "INT8" and not heavy and any(layers.boolean(n) for n in origins):
+            precision = "BOOL"  # held in bytes
         rows.append(
             {
                 "operator": kind,
@@ -160,6 +183,33 @@ def _fell_back(operators: list[dict[str, Any]], layers: Layers, quantized: Colle
             why = f"should be INT8, ran {ran[0]['precision']} as {ran[0]['operator']}"
             warnings.append({"layer": layer, "why": why})
     return warnings
+
+
+def _asked(
+    operators: list[dict[str, Any]], layers: Layers, graph: str, quantized: Collection[str], half: Collection[str]
+) -> list[dict[str, str]]:
+    """Every layer with weights: what the recipe asks, what the file holds and what ran."""
+    in_file = {n.name for n in layers.quantized()}
+    ran: dict[str, str] = {}
+    for operator in operators:
+        for name in operator["origins"] if operator["weighted"] else ():
+            ran.setdefault(name, operator["precision"])
+    rows = []
+    for node in layers.weighted():
+        layer = layers.layer(node)
+        asked = "INT8" if layer in quantized or node.name in in_file else "FP16" if layer in half else "FP32"
+        found = ran.get(node.name, "not found")
+        rows.append({"graph": graph, "layer": layer, "asked": asked, "stored": layers.stored(node), "ran": found})
+    return rows
+
+
+def _half_in_float(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One warning for the layers that the recipe puts into FP16 and that ran in FP32."""
+    layers = sorted({r["layer"] for r in rows if r["asked"] == "FP16" and r["ran"] == "FP32"})
+    if not layers:
+        return []
+    why = f"{len(layers)} layers should be FP16, ran FP32 (this runtime has no FP16 kernels for this processor): "
+    return [{"layer": "", "why": why + f"their weights are stored in FP16, from {layers[0]} to {layers[-1]}"}]
 
 
 def _lowered(operators: list[dict[str, Any]]) -> list[dict[str, str]]:

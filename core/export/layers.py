@@ -12,9 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+STORED = {1: "FP32", 2: "INT8", 3: "INT8", 10: "FP16", 16: "BF16", 21: "INT4", 22: "INT4"}
 SCOPES = "pkg.torch.onnx.name_scopes"
 _QUOTED = re.compile(r"'([^']*)'")  # the exporter writes a list of names as Python shows it
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_LAYOUT = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Expand", "Slice", "Split"})
+_TO_ROOT = frozenset({"QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Identity", "Cast", "Max", "Min",
+                      "Split", "Slice"})  # fmt: skip
+_BOOLEAN = frozenset({"And", "Or", "Not", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN",
+                      "IsInf"})  # fmt: skip
+_AFTER = frozenset({"Add", "Mul", "Sub", "Div", "Relu", "Clip", "Sigmoid", "HardSigmoid"}) | _LAYOUT
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,16 @@ class Layers:
         self._by_name = {n.name: n for n in self.nodes}
         self._by_weight: dict[str, list[Any]] = defaultdict(list)
         for node in self.weighted():
-            for name in node.input[1:]:
-                self._by_weight[self.root(name)].append(node)
+            for name in {n for given in node.input[1:] for n in (given, self.root(given))}:
+                self._by_weight[name].append(node)
 
     def weighted(self) -> list[Any]:
         """The nodes that multiply by a weight: convolutions, and products with a constant."""
         return [n for n in self.nodes if n.op_type in WEIGHTED and self.root(n.input[1]) in self.initializers]
 
     def root(self, value: str) -> str:
-        """The initializer behind a value, through quantizers and changes of layout; else the value itself."""
-        through = {"QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Identity", "Cast", "Max", "Min"}
-        while value in self.producer and self.producer[value].op_type in through:
+        """The initializer behind a value, through quantizers, parts and changes of layout; else a value on that way."""
+        while value in self.producer and self.producer[value].op_type in _TO_ROOT:
             value = self.producer[value].input[0]
         return value
 
@@ -90,6 +96,28 @@ class Layers:
             if len(nodes := self._by_weight.get(name, [])) == 1:
                 return nodes[0]
         return None
+
+    def behind(self, node: Any) -> Any | None:
+        """The weighted node that this one ends, where only bias, activation and layout lie between; else None."""
+        seen = 0
+        weighted = {n.name for n in self.weighted()}
+        while node is not None and node.name not in weighted:
+            if node.op_type not in _AFTER or seen > 8:
+                return None
+            before = [self.producer[name] for name in node.input if name in self.producer]
+            node, seen = before[0] if len(before) == 1 else None, seen + 1
+        return node
+
+    def boolean(self, node: Any) -> bool:
+        """Whether a node puts out truth values."""
+        while node.op_type in _LAYOUT and node.input[0] in self.producer:
+            node = self.producer[node.input[0]]
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        return node.op_type in _BOOLEAN or (node.op_type == "Cast" and to == 9)
+
+    def stored(self, node: Any) -> str:
+        """The data type in which the file holds the weight of a weighted node: "FP32", "FP16", "INT8", ..."""
+        return STORED.get(self.initializers[self.root(node.input[1])].data_type, "other")
 
     def dequantized(self, value: str) -> bool:
         """Whether a value comes straight out of a DequantizeLinear, or out of one through a change of layout."""

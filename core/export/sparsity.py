@@ -12,8 +12,18 @@ import numpy as np
 
 from core.kit import InputError
 
-_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul")
-_UNKNOWN = ("Einsum", "Attention", "MultiHeadAttention", "DeformConv", "LSTM", "GRU", "RNN")
+_COUNTED = (
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "MatMulInteger",
+    "ConvInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "Einsum",
+)
+_UNKNOWN = ("Attention", "MultiHeadAttention", "DeformConv", "LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,9 @@ class _Graph:
         weights = [self._initializers[i] for i in used]
         output = helper.make_empty_tensor_value_info(name)
         part = helper.make_graph(nodes, "weight", [], [output], weights)
-        model = helper.make_model(part, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        # onnx can work out DequantizeLinear only as opset 19 and later write it, which means the same
+        opsets = [helper.make_opsetid(o.domain, max(o.version, 21)) for o in self._model.opset_import if not o.domain]
+        model = helper.make_model(part, opset_imports=opsets, ir_version=max(self._model.ir_version, 10))
         result: Any = ReferenceEvaluator(model).run(None, {})
         largest = max(weights, key=lambda i: math.prod(i.dims), default=onnx.TensorProto())
         return largest.name or name, result[0]
@@ -158,6 +170,8 @@ def _product(graph: _Graph, node: Any, n: int, m: int, path: Path) -> OnnxProduc
         sparse = found is not None and node.op_type != "ConvTranspose" and _holds(found[1], 1, n, m)
         macs = reads * math.prod(kernel[1:])
         return OnnxProduct(node.name, node.op_type, found[0] if found else "", macs, sparse)
+    if node.op_type == "Einsum":
+        return _einsum(graph, node, given, graph.shape(second, node, path), path)
     summed = given[0] if transposed.get("transA") else given[-1]
     sparse, weight = False, ""
     if (found := graph.constant(second)) is not None:
@@ -166,6 +180,17 @@ def _product(graph: _Graph, node: Any, n: int, m: int, path: Path) -> OnnxProduc
     elif (found := graph.constant(first)) is not None:
         weight, sparse = found[0], _holds(found[1], 0 if transposed.get("transA") else found[1].ndim - 1, n, m)
     return OnnxProduct(node.name, node.op_type, weight, math.prod(results) * summed, sparse)
+
+
+def _einsum(graph: _Graph, node: Any, first: list[int], second: list[int], path: Path) -> OnnxProduct:
+    """An Einsum of two operands: one multiply-accumulate for each choice of its letters; never run sparse."""
+    equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+    terms = equation.partition("->")[0].split(",")
+    if len(terms) != 2 or "." in equation:
+        raise InputError(f"{path}: node {node.name!r}: Einsum {equation!r} cannot be counted; write it with matmul")
+    sizes = dict(zip("".join(terms), (*first, *second), strict=True))
+    found = graph.constant(node.input[1]) or graph.constant(node.input[0])
+    return OnnxProduct(node.name, node.op_type, found[0] if found else "", math.prod(sizes.values()), False)
 
 
 def _holds(weight: Any, axis: int, n: int, m: int) -> bool:

@@ -102,11 +102,14 @@ def groups_in_parts(
     calls = _calls(model, inputs, [part.names[0] for part in traced])
     with progress("find coupled channels", len(traced) + len(mine)) as bar:
         for part in traced:
+            bar.advance(str(part))
+            if part.names[0] not in calls:
+                skipped.append(Skipped(str(part), "not called as a module when the example inputs run"))
+                continue
             found, without = _trace(model, part, *calls[part.names[0]])
             skipped += without
             for group in found:
                 _take(group, taken, groups, skipped)
-            bar.advance(str(part))
         if mine:
             exact = copy.deepcopy(model).double()
             wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
@@ -154,7 +157,7 @@ def _trace(
 def _calls(
     model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str]
 ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """(args, kwargs) of the first call of each submodule in a run of the model; InputError where there is none."""
+    """(args, kwargs) of the first call of each submodule in a run of the model, of those that it calls."""
     found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def watch(name: str) -> Any:
@@ -170,8 +173,6 @@ def _calls(
     finally:
         for hook in hooks:
             hook.remove()
-    if missing := [name for name in names if name not in found]:
-        raise InputError(f"Prune.parts: {missing[0]!r} is not called as a module; name the submodules that are")
     return found
 
 

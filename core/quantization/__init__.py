@@ -1,9 +1,10 @@
 """Quantization: uniform affine schemes of 2 to 8 bits, post-training and in training.
 
-The steps are `Quantize` and `QAT`, which simulate, `Pack`, whose layers hold packed integers, and `Recover`, which
-trains low-rank terms beside these. A simulating model exports with `torch.onnx.export(model.eval(), args, path,
-dynamo=True)` to QuantizeLinear and DequantizeLinear pairs; `pack_weights` on the loaded onnx.ModelProto then turns its
-float weights into integers, and must be called before the file is used.
+The steps are `Quantize`, `QAT`, `Half` and `MixedPrecision`, which simulate, `Pack`, whose layers hold packed integers,
+and `Recover`, which trains low-rank terms beside these. A simulating model exports with
+`torch.onnx.export(model.eval(), args, path, dynamo=True)` to QuantizeLinear and DequantizeLinear pairs; `pack_weights`
+on the loaded onnx.ModelProto then turns its float weights into integers, and must be called before the file is used;
+`halve_weights` stores those of halved layers in FP16.
 """
 
 from core.quantization.budget import choose_bits as choose_bits
@@ -15,6 +16,12 @@ from core.quantization.error import sqnr as sqnr
 from core.quantization.error import weight_sqnr as weight_sqnr
 from core.quantization.folding import find_folds as find_folds
 from core.quantization.folding import fold as fold
+from core.quantization.half import Half as Half
+from core.quantization.half import half_layers as half_layers
+from core.quantization.layer_sensitivity import choose_precisions as choose_precisions
+from core.quantization.layer_sensitivity import precision_errors as precision_errors
+from core.quantization.layer_sensitivity import sensitivity_rows as sensitivity_rows
+from core.quantization.mixed import MixedPrecision as MixedPrecision
 from core.quantization.modules import QuantConv2d as QuantConv2d
 from core.quantization.modules import Quantizer as Quantizer
 from core.quantization.modules import QuantLinear as QuantLinear
@@ -24,6 +31,7 @@ from core.quantization.numerics import choose_qparams as choose_qparams
 from core.quantization.numerics import dequantize as dequantize
 from core.quantization.numerics import fake_quantize as fake_quantize
 from core.quantization.numerics import quantize as quantize
+from core.quantization.onnx_weights import halve_weights as halve_weights
 from core.quantization.onnx_weights import pack_weights as pack_weights
 from core.quantization.pack import Pack as Pack
 from core.quantization.packed import PackedConv2d as PackedConv2d

@@ -71,7 +71,7 @@ def halve(model: nn.Module, layers: Sequence[str], keep: Sequence[str] = ()) -> 
         if why is not None:
             skipped.append(Skipped(name, f"stays as it is: {why}"))
             continue
-        error = max(float((p - p.half().float()).abs().max()) for p in module.parameters(recurse=False))
+        error = max(float((p.data - p.data.half().float()).abs().max()) for p in module.parameters(recurse=False))
         _round(module)
         _mark(module)
         chosen.append(name)
@@ -149,5 +149,3 @@ def _rounded(module: nn.Module, args: Any, output: Any) -> Any:
 
 def _to_half_and_back(x: Any) -> Any:
     return x.half().float() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
-
-

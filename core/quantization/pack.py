@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.compress import Outcome, Skipped, handles
-from core.kit import Calibrated, Context, InputError, Step
+from core.kit import Calibrated, Context, InputError, Step, Streamed
 from core.progress import progress
 from core.quantization.budget import choose_bits
 from core.quantization.compensation import Moments, blocks, compensate, mean_error, moment_bytes
@@ -138,6 +138,9 @@ class _Inputs(CalibrationInputs):
         self._arguments = self._kit.calibration if isinstance(self._kit, Calibrated) else self._kit.inputs
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if isinstance(self._kit, Streamed):
+            yield from self._stream(self._kit)
+            return
         for batch in self._kit.batches(self._samples, self._batch_size, train=False):
             yield self._arguments(batch)
 

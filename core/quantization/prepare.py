@@ -36,8 +36,9 @@ class Plan:
 
     `activation_bits` 0 quantizes weights only. `group_size` counts elements of the flattened kernel and is
     used with granularity "group". `samples` training samples calibrate the activations. Only layers whose name
-    matches a pattern of `layers` (fnmatch: "head.*") and none of `keep` are quantized; the others stay float. `quantize_outputs` adds output quantizers, which ONNX
-    Runtime needs to run a convolution in INT8 where no ReLU follows; OpenVINO does without.
+    matches a pattern of `layers` (fnmatch: "head.*") and none of `keep` are quantized; the others stay float.
+    `quantize_outputs` adds output quantizers, which ONNX Runtime needs to run a convolution in INT8 where no ReLU
+    follows; OpenVINO does without.
     """
 
     weight_bits: int = 8
@@ -246,7 +247,8 @@ def _obstacle(
         if fnmatchcase(name, pattern):
             return f"kept float by pattern {pattern!r}"
     if not any(fnmatchcase(name, pattern) for pattern in plan.layers):
-        return f"not among layers {', '.join(repr(pattern) for pattern in plan.layers)}"
+        named = ", ".join(map(repr, plan.layers)) if len(plan.layers) <= 4 else f"{len(plan.layers)} patterns"
+        return f"not among the layers of the step ({named})"
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is neither nn.Conv2d nor nn.Linear"
     parts = name.split(".")

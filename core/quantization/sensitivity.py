@@ -40,11 +40,7 @@ def bit_errors(
     `on_layer(name, errors)` is called after each layer. The model is left as it was.
     """
     model.eval()
-    kept = [outputs(model, batch) for batch in batches]
-    signal = [sum(float(y.double().square().sum()) for y in ys) for ys in zip(*kept, strict=True)]
-    if not kept or not any(signal):
-        found = "no batches" if not kept else "an output of zeros only"
-        raise InputError(f"sensitivity: found {found}; expected calibration inputs that give an output")
+    undisturbed = Undisturbed(model, batches)
     errors: Errors = {}
     for name in layers:
         known = dict((done or {}).get(name, {}))
@@ -56,17 +52,39 @@ def bit_errors(
             if bits in known:
                 continue
             with _rounded(layer, bits, group_size, rounding, name):
-                noise = [0.0] * len(signal)
-                for batch, expected in zip(batches, kept):
-                    for i, (y, right) in enumerate(zip(outputs(model, batch), expected, strict=True)):
-                        noise[i] += float((y - right).double().square().sum())
-            error = sum(n / s for n, s in zip(noise, signal) if s) / len(signal)
-            # Not a number, and so worse than any, where the packed model broke down.
-            known[bits] = error if error == error else float("inf")
+                known[bits] = undisturbed.error()
         errors[name] = {bits: known[bits] for bits in widths}
         if on_layer is not None:
             on_layer(name, errors[name])
     return errors
+
+
+class Undisturbed:
+    """What a model puts out on batches (tuples of positional arguments) as it is when this is made."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> None:
+        """Runs the model once on every batch; InputError where there are none, or where all outputs are zero."""
+        self._model, self._batches = model, batches
+        self._kept = [outputs(model, batch) for batch in batches]
+        self._signal = [sum(float(y.double().square().sum()) for y in ys) for ys in zip(*self._kept, strict=True)]
+        if not self._kept or not any(self._signal):
+            found = "no batches" if not self._kept else "an output of zeros only"
+            raise InputError(f"sensitivity: found {found}; expected calibration inputs that give an output")
+
+    def errors(self) -> list[float]:
+        """The relative squared error of each output by now, 0 for an output of zeros and infinity for a broken one."""
+        noise = [0.0] * len(self._signal)
+        for batch, expected in zip(self._batches, self._kept):
+            for i, (y, right) in enumerate(zip(outputs(self._model, batch), expected, strict=True)):
+                noise[i] += float((y - right).double().square().sum())
+        found = [n / s if s else 0.0 for n, s in zip(noise, self._signal, strict=True)]
+        # Not a number, and so worse than any, where the model broke down.
+        return [error if error == error else float("inf") for error in found]
+
+    def error(self) -> float:
+        """The mean of `errors`, so that no output outweighs the others by its size."""
+        found = self.errors()
+        return sum(found) / len(found)
 
 
 def outputs(model: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:

@@ -122,8 +122,8 @@ class Dynamic(nn.Module):
             return 0.0, 0.0
         scores = said.scores[way]
         doubt = float((4 * scores * (1 - scores)).max())
-        if before is None or not len(before):
+        if before is None:
             return 0.0, doubt
-        apart = torch.cdist(here[way], before).amin(1)
+        apart = torch.cdist(here[way], before).amin(1) if len(before) else scores.new_full(scores.shape, torch.inf)
         new = apart > self.policy.near
         return (float(scores[new].max()) if bool(new.any()) else 0.0), doubt

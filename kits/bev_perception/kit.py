@@ -231,7 +231,7 @@ class BevPerception:
         self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace
     ) -> str:
         """Boxes on all cameras and the BEV map, a GIF a scene, and `results_nusc.json`."""
-        return predict(module, CONFIG, inputs, meta, out, options)
+        return predict(module, CONFIG, inputs, out, options, meta)
 
     def arguments(self, command: str, parser: argparse.ArgumentParser) -> None:
         """The options of `predict`."""

@@ -83,7 +83,6 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     findings = _checked(inputs, out)
     drives = _drives(inputs, options)
-    seen_of: dict[str, list[dict[str, Any]]] = {}
     results, reports = {}, []
     count = sum(len(drive.samples) for drive in drives)
     stages = 1 if options.no_pictures else 2

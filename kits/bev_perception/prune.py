@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def _dense(head: Proposals, name: str) -> list[Group]:
         outs = tuple(Member(f"{name}.{layer}", "out", ids, ids) for layer in (maker, *norms))
         return Group(f"{name}.{maker}", count, (*outs, Member(f"{name}.{reader}", "in", ids, ids)), (ids,))
 
-    hidden, positions = head.conv1.out_channels, head.position[0].weight.shape[0]
+    hidden, positions = head.conv1.out_channels, cast(nn.Linear, head.position[0]).out_features
     features, fold = head.bn2.num_features, FINE**2
     ids, wide = one(features), one(features * fold)
     members = (

@@ -1,4 +1,4 @@
-"""A detector on keyframes in the order of time: pictures in, boxes of the world out, its memory kept and its doubts told.
+"""A detector on keyframes in the order of time: pictures in, boxes of the world out, its memory kept, its doubts told.
 
 The detector is any module that is called as `BEVFormer.forward` is, a network in torch or an artifact's.
 """
@@ -141,4 +141,4 @@ def known_truth(keyframe: Keyframe, pc_range: Sequence[float]) -> Boxes:
     found = keyframe.data.annotations(keyframe.token).boxes
     found = found[found.num_pts != 0].moved(keyframe.sample.pose.inverse)
     low, high = np.array(pc_range[:3]), np.array(pc_range[3:])
-    return found[((found.centers > low) & (found.centers < high)).all(axis=1)]
+    return found[np.flatnonzero(((found.centers > low) & (found.centers < high)).all(axis=1))]

@@ -135,7 +135,7 @@ def test_scenes_are_told_apart(samples: list[Keyframe]) -> None:
 
 def boxes_at(*places: tuple[float, float]) -> Truth:
     rows = [[x, y, -1.0, 1.9, 4.5, 1.6, 0.3 + x, 1.0, -2.0] for x, y in places]
-    return Truth(torch.tensor(rows), torch.arange(len(places)) % len(CLASSES))
+    return Truth(torch.tensor(rows).reshape(-1, 9), torch.arange(len(places)) % len(CLASSES))
 
 
 def said(truth: Truth) -> Dense:

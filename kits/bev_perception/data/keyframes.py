@@ -65,7 +65,8 @@ class Keyframe:
         found = self.data.annotations(self.token).boxes
         found = found[found.num_pts != 0].moved(self.sample.pose.inverse)
         low, high = np.array(pc_range[:3]), np.array(pc_range[3:])
-        found = found[((found.centers > low) & (found.centers < high)).all(axis=1)]
+        inside = np.all((found.centers > low) & (found.centers < high), axis=1)
+        found = found[np.asarray(inside)]
         yaw = flip_yaw(torch.from_numpy(found.yaws))[:, None]
         parts = (
             torch.from_numpy(found.centers),

@@ -114,12 +114,17 @@ def _known(keyframe: Keyframe, pc_range: tuple[float, ...]) -> tuple[Truth, Arra
     return keyframe.truth(pc_range), keyframe.can_bus(keyframe.sample)
 
 
+def boxes_of(shots: Sequence[Shot], config: Config) -> list[Truth]:
+    """The boxes of shots, mirrored and turned with them."""
+    return [_moved(_known(shot.keyframe, config.pc_range)[0], shot.variation, config) for shot in shots]
+
+
 def collate(shots: Sequence[Shot], config: Config) -> tuple[View, list[Truth]]:
     """A batch of shots as the detector takes it, and its boxes."""
-    images, matrices, motions, known, truths, masks = [], [], [], [], [], []
+    images, matrices, motions, known, masks = [], [], [], [], []
     mean, std = config.images.mean, config.images.std
     for shot in shots:
-        truth, can_bus = _known(shot.keyframe, config.pc_range)
+        _, can_bus = _known(shot.keyframe, config.pc_range)
         before = _known(shot.before, config.pc_range)[1] if shot.before is not None else None
         views, varied = shot.keyframe.views(config.images), shot.variation
         mirror, turn = _flip(varied), _turn(varied)
@@ -130,7 +135,6 @@ def collate(shots: Sequence[Shot], config: Config) -> tuple[View, list[Truth]]:
         motions.append(_motion(can_bus, before, varied, config))
         known.append(float(before is not None))
         masks.append([float(CAMERAS[i] not in views.missing) for i in order])
-        truths.append(_moved(truth, varied, config))
     view = View(
         torch.from_numpy(np.stack(images)),
         torch.from_numpy(np.stack(matrices)).float(),
@@ -138,7 +142,7 @@ def collate(shots: Sequence[Shot], config: Config) -> tuple[View, list[Truth]]:
         torch.tensor(known),
         torch.tensor(masks),
     )
-    return view, truths
+    return view, boxes_of(shots, config)
 
 
 def _flip(varied: Variation) -> Array:

@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss to minimise, its parts by name, and the memory (B, Q, C) without a gradient."""
+    """The loss to minimise, its parts by name, and the memory (B, Q, C) with its graph; detach it to keep it."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -55,7 +55,8 @@ def head_losses(
 ) -> dict[str, Tensor]:
     """What a head loses on a BEV (B, Q, C), by part: see `Learner.losses`."""
     dense = head.dense(bev)
-    queries, parts = head.queries(bev, dense), {}
+    queries = head.queries(bev, dense)
+    parts: dict[str, Tensor] = {}
     if denoiser is None or not any(len(truth.labels) for truth in truths):
         parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights)
     else:
@@ -100,7 +101,7 @@ class Learner(nn.Module):
         parts = head_losses(head, bev, truths, self.denoiser, self.denoising_weight)
         if self.pixels is not None:
             parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths).items()}
-        return Losses(torch.stack(list(parts.values())).sum(), parts, bev.detach())
+        return Losses(torch.stack(list(parts.values())).sum(), parts, bev)
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:
         """The memory (B, Q, C) after a view."""

@@ -31,10 +31,8 @@ def write_gif(path: Path, pictures: Sequence[Path], seconds: float) -> int:
         raise InputError(f"{path}: no picture to make a film of; give at least one frame")
     for width in WIDTHS:
         palette = _palette(pictures, width)
-        frames = (
-            Image.fromarray(smaller(read(p), width)).quantize(palette=palette, dither=Image.Dither.NONE)
-            for p in pictures
-        )
+        small = (Image.fromarray(smaller(read(p), width)) for p in pictures)
+        frames = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in small)
         with replaced(path) as fresh:
             next(frames).save(
                 fresh, format="GIF", save_all=True, append_images=frames, duration=round(seconds * 1e3), loop=0,

@@ -45,7 +45,7 @@ PLACES = (
     ("CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"),
 )
 CAMERA = 480, 270  # px of a camera's panel
-EDGE, GAP, HEAD, FOOT = 14, 6, 54, 122
+EDGE, GAP, HEAD, FOOT = 14, 6, 54, 110
 MAP = 2 * CAMERA[1] + GAP + FOOT
 WIDTH = EDGE + 3 * CAMERA[0] + 2 * GAP + 10 + MAP + EDGE
 HEIGHT = HEAD + MAP + EDGE
@@ -80,9 +80,8 @@ def frame_picture(seen: Seen, threshold: float = THRESHOLD, config: Config | Non
         for column, channel in enumerate(channels):
             place = (EDGE + column * (CAMERA[0] + GAP), HEAD + row * (CAMERA[1] + GAP), *CAMERA)
             picture, matrix = _camera(known, channel)
-            panel(
-                paper, place, channel.removeprefix("CAM_").replace("_", " ").lower(), picture, matrix, said, known.truth
-            )
+            name = channel.removeprefix("CAM_").replace("_", " ").lower()
+            panel(paper, place, name, picture, matrix, said, known.truth)
     left = WIDTH - EDGE - MAP
     blind = [sight for channel in seen.missing if (sight := _sight(known.sample, channel)) is not None]
     overhead(paper, (left, HEAD, MAP), known.points, known.sensor, said, known.truth, blind)
@@ -112,10 +111,8 @@ def scene_strip(
     for run in turns[:shown]:
         seen = list(watch(module, run[: WARM + 1], config))[-1]
         picture = smaller(frame_picture(seen, threshold, config), REPORT_WIDTH)
-        title = (
-            f"{seen.keyframe.scene}, {light(seen.keyframe)}, frame {seen.keyframe.index + 1}: solid predictions from "
-        )
-        title += f"{threshold:.2f}, thin green truth"
+        place = f"{seen.keyframe.scene}, {light(seen.keyframe)}, frame {seen.keyframe.index + 1}"
+        title = f"{place}: solid predictions from {threshold:.2f}, thin green truth"
         pictures.append({"title": title, "png": png(picture)})
     return pictures
 
@@ -204,9 +201,9 @@ def _head(paper: Paper, seen: Seen, left: int, said: int, true: int) -> None:
     when = f"{(numbers[1] - numbers[0]) * 1e-6:.1f} s" if len(numbers) == 2 else "time not known"
     x += paper.text(x, 35, f"{when}    frame {keyframe.index + 1} of {len(scene.samples)}", 16) + 22
     paper.text(x, 35, shortened(scene.description, 14, left - 20 - x), 14, DIM)
-    count = "left out: not seen by the detector" if seen.left_out else f"{said} predicted"
-    x = left + paper.text(left, 35, count, 16, BAD if seen.left_out else INK) + 16
-    x += paper.text(x, 35, f"{true} true" if true else "no truth", 16, TRUTH if true else DIM) + 16
+    count = "left out: not seen by the detector" if seen.left_out else f"predictions  {said}"
+    x = left + paper.text(left, 35, count, 16, BAD if seen.left_out else INK) + 22
+    paper.text(x, 35, f"truth  {true}" if true else "no truth", 16, TRUTH if true else DIM)
     if not seen.left_out:
         paper.text(WIDTH - EDGE, 35, f"{seen.seconds * 1e3:.0f} ms from files to boxes", 14, DIM, "rs")
 
@@ -219,16 +216,14 @@ def _foot(paper: Paper, notes: Sequence[str], said: Boxes, threshold: float) -> 
         chip = np.array([[x, top + 4], [x + 15, top + 4], [x + 15, top + 17], [x, top + 17]])
         fill(paper.pixels, chip, colour, 0.35 if count else 0.12)
         outline(paper.pixels, chip, colour if count else LINE, 2 if count else 1)
-        words = name.replace("_", " ") + (f" {count}" if count else "")
-        x += 22 + paper.text(x + 22, top + 16, words, 14, INK if count else DIM) + 20
+        x += 22 + paper.text(x + 22, top + 16, name.replace("_", " "), 14, INK if count else DIM) + 6
+        x += (paper.text(x, top + 16, str(count), 14, colour) if count else 0) + 16
     y = top + 43
     cell = np.array([[EDGE, y - 12], [EDGE + 26, y - 12], [EDGE + 26, y + 1], [EDGE, y + 1]], np.float64)
     outline(paper.pixels, cell, TRUTH)
     x = EDGE + 34 + paper.text(EDGE + 34, y, "truth", 14) + 24
-    x += paper.text(
-        x, y, f"solid: predictions from {threshold:.2f}, front face filled; on the map a line points ahead", 14
-    )
-    x += 24
+    words = f"predictions from {threshold:.2f}: solid, front face filled; on the map a line points ahead"
+    x += paper.text(x, y, words, 14) + 24
     tint = shades(np.linspace(*HEIGHTS, 120)).round().astype(np.uint8)
     paper.area(round(x), y - 11, 120, 11)[:] = tint
     paper.text(x + 128, y, f"LiDAR, {HEIGHTS[0]:g} to {HEIGHTS[1]:g} m above ground", 14)

@@ -13,6 +13,7 @@ from kits.bev_perception.data.geometry import Array, Pose
 from kits.bev_perception.pictures.paper import (
     BAD,
     DIM,
+    GROUND,
     LINE,
     PALETTE,
     TRUTH,
@@ -79,7 +80,8 @@ def overhead(
         if ring % 20 == 0 or ring == RINGS[-1]:
             corner = np.array([0.7071, -0.7071]) * ring
             u, v = at(corner)
-            paper.text(x + float(u) + 3, y + float(v) + 4, f"{ring} m", 13, DIM, "la")
+            paper.plate(x + int(u) + 1, y + int(v) + 1, 36, 18, GROUND, 0.7)
+            paper.text(x + int(u) + 4, y + int(v) + 15, f"{ring} m", 13, DIM)
     cv2.rectangle(pixels, (0, 0), (side - 1, side - 1), LINE, 1)
 
 

@@ -1,0 +1,248 @@
+"""Mixed precision: which layers go into INT8 and FP16, what each costs, and what really ran."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.compress import compress, history, replay
+from core.export import export
+from core.kit import Context, Graph, InputError, Recipe, Step
+from core.quantization import (
+    Half,
+    MixedPrecision,
+    Plan,
+    Quantize,
+    Quantizer,
+    choose_precisions,
+    half_layers,
+    precision_errors,
+    quant_layers,
+    sensitivity_rows,
+)
+from core.quantization.ptq import CalibrationInputs
+from core.weights import load_weights
+from tests.core.toy import ToyKit
+
+
+class Net(nn.Module):
+    """A residual CNN and a head of linear layers with attention, in one graph of two inputs and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleList(
+            (nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1))
+        )
+        self.head = nn.ModuleDict(
+            {
+                "first": nn.Linear(16, 32),
+                "norm": nn.LayerNorm(32),
+                "attn": nn.MultiheadAttention(32, 4, batch_first=True),
+                "last": nn.Linear(32, 5),
+            }
+        )
+
+    def forward(self, images: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, 16, 16), memory (B, 64, 32) -> scores (B, 64, 5), the new memory."""
+        x = F.relu(self.backbone[0](images))
+        x = F.relu(self.backbone[2](F.relu(self.backbone[1](x))) + x)
+        tokens = self.head["norm"](self.head["first"](x.flatten(2).transpose(1, 2)) + memory)
+        placed = tokens + memory
+        seen, _ = self.head["attn"](placed, placed, tokens, need_weights=False)
+        return self.head["last"](tokens + seen), tokens
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return torch.rand(1, 3, 16, 16, generator=draws), torch.randn(1, 64, 32, generator=draws)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+class StreamKit(ToyKit):
+    """Samples are seeds of images; the memory of one is an input of the next."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Any]:
+        return list(range(6))
+
+    def stream(self, samples: Sequence[Any], count: int, seed: int) -> Generator[tuple[Tensor, ...], Any, None]:
+        memory = torch.zeros(1, 64, 32)
+        for sample in samples[:count]:
+            output = yield inputs(sample)[0], memory
+            self.sent.append(output)
+            memory = output[1]
+
+    def exports(self) -> tuple[Graph, ...]:
+        return (Graph("net", dict(zip(("images", "memory"), inputs(), strict=True)), ("scores", "tokens")),)
+
+
+CNN = Quantize(layers=("backbone.*",), samples=3, reduce_range=True)
+MIX = Recipe("mix", (CNN, Half(layers=("head.*",), keep=("head.last",))), "", "")
+
+
+def test_a_step_quantizes_only_the_layers_it_names() -> None:
+    small, trace = compress(net(), Recipe("r", (CNN,), "", ""), StreamKit())
+    assert sorted(quant_layers(small)) == ["backbone.0", "backbone.1", "backbone.2"]
+    reasons = {s.layer: s.why for s in trace[0].skipped}
+    assert reasons["head.last"] == "stays as it is: not among the layers of the step ('backbone.*')"
+    assert Step.from_json(CNN.to_json()) == CNN
+    with pytest.raises(InputError, match="layers: pattern 'neck"):
+        compress(net(), Recipe("r", (Quantize(layers=("neck.*",)),), "", ""), StreamKit())
+
+
+def test_calibration_follows_the_stream_of_a_kit_with_memory() -> None:
+    """The ranges are those of a run in which every memory comes from the frame before."""
+    kit, model = StreamKit(), net()
+    small, _ = compress(model, Recipe("r", (Quantize(layers=("head.*",), samples=4),), "", ""), kit)
+    read: list[Tensor] = []
+    handle = model.get_submodule("head.last").register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    memory = torch.zeros(1, 64, 32)
+    with torch.no_grad():
+        for sample in range(4):
+            _, memory = model(inputs(sample)[0], memory)
+    handle.remove()
+    seen = small.get_submodule("head.last").input_quantizer
+    assert isinstance(seen, Quantizer) and len(kit.sent) >= 4
+    everything = torch.cat(read)
+    assert float(seen.scale) == pytest.approx(float(everything.max() - everything.min()) / 255, rel=1e-4)
+
+
+def test_a_stream_whose_inputs_are_not_run_is_an_error() -> None:
+    batches = CalibrationInputs(Context(StreamKit(), net()), 3, net())
+    with pytest.raises(RuntimeError, match="was not run"):
+        list(batches)
+
+
+def test_half_rounds_weights_and_outputs_and_is_restored(tmp_path: Path) -> None:
+    model = net()
+    small, trace = compress(model, MIX, StreamKit(), folder=tmp_path)
+    assert half_layers(small) == ["head.first", "head.norm", "head.attn", "head.attn.out_proj"]
+    first = small.get_submodule("head.first")
+    assert isinstance(first, nn.Linear)
+    assert torch.equal(first.weight, model.get_submodule("head.first").weight.half().float())  # type: ignore[union-attr]
+    x = torch.randn(7, 16)
+    wanted = F.linear(x, first.weight, first.bias)
+    assert torch.equal(first(x), wanted.half().float()) and not torch.equal(first(x), wanted)
+    assert not torch.equal(model.get_submodule("head.first")(x), first(x))
+    assert [s.layer for s in trace[1].skipped] == ["head.last"]
+    again = replay(net(), history(tmp_path))
+    load_weights(again, sorted(tmp_path.glob("01-*"))[0] / "model.safetensors")
+    assert half_layers(again) == half_layers(small)
+    for a, b in zip(again.eval()(*inputs()), small(*inputs()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_refuses_what_does_not_fit() -> None:
+    model = net()
+    with torch.no_grad():
+        model.get_submodule("head.last").bias[0] = 7e4  # type: ignore[index]
+    _, trace = compress(model, Recipe("r", (Half(layers=("head.last",)),), "", ""), StreamKit())
+    assert trace[0].skipped[0].why == "stays as it is: a weight of 7e+04 does not fit into FP16"
+    with pytest.raises(InputError, match="layers: pattern 'tail"):
+        compress(model, Recipe("r", (Half(layers=("tail.*",)),), "", ""), StreamKit())
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_audit_tells_what_was_asked_stored_and_run(tmp_path: Path, runtime: str) -> None:
+    model = net()
+    recipe = Recipe("r", (Quantize(layers=("backbone.*",), samples=3, reduce_range=True, quantize_outputs=True),
+                          *MIX.steps[1:]), "", "")  # fmt: skip
+    small, _ = compress(model, recipe, StreamKit())
+    graphs = StreamKit().exports()
+    artifact = export({"fp32": model, "mixed": small}, graphs, "this-host", tmp_path / "a", kit="toy",
+                      runtimes=[runtime])  # fmt: skip
+    audit = artifact.variant(f"mixed-{runtime}").audit
+    rows = {row["layer"]: row for row in audit["layers"]}
+    for layer in ("backbone.0", "backbone.1", "backbone.2"):
+        assert (rows[layer]["asked"], rows[layer]["stored"], rows[layer]["ran"]) == ("INT8", "INT8", "INT8"), layer
+    for layer in ("head.first", "head.attn", "head.attn.out_proj"):
+        assert (rows[layer]["asked"], rows[layer]["stored"], rows[layer]["ran"]) == ("FP16", "FP16", "FP32"), layer
+    assert (rows["head.last"]["asked"], rows["head.last"]["stored"]) == ("FP32", "FP32")
+    assert len([r for r in audit["layers"] if r["layer"] == "head.attn"]) == 3
+    assert audit["weighted"] == {"INT8": 3, "FP32": 6}
+    assert [w["why"].split(",")[0] for w in audit["warnings"]] == ["3 layers should be FP16"]
+    fp32 = artifact.variant(f"fp32-{runtime}").audit
+    assert {r["asked"] for r in fp32["layers"]} == {"FP32"} and fp32["warnings"] == []
+    found = artifact.as_module(f"mixed-{runtime}", threads=1)(*inputs(5))
+    for a, b in zip(found, small(*inputs(5)), strict=True):
+        assert float((a - b.detach()).abs().max()) < 0.05 * float(b.detach().abs().max())
+    assert artifact.size_bytes(f"mixed-{runtime}") < artifact.size_bytes(f"fp32-{runtime}")
+
+
+def test_halved_weights_take_two_bytes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    small, _ = compress(model, Recipe("r", (Half(layers=("0",)),), "", ""), ToyKit())
+    artifact = export({"mixed": small}, [Graph("net", {"x": torch.rand(2, 64)}, ("y",))], "this-host", tmp_path / "a",
+                      kit="toy", runtimes=["onnxruntime"])  # fmt: skip
+    file = onnx.load(artifact.folder / artifact.variant().files["net"])
+    bytes_of = {t.name: len(t.raw_data) for t in file.graph.initializer}
+    assert bytes_of["0.weight_fp16"] == 64 * 64 * 2 and bytes_of["2.weight"] == 64 * 64 * 4
+
+
+def test_errors_are_those_of_each_layer_alone() -> None:
+    """The FP16 error equals one computed by hand; INT8 with 2 bits costs more than with 8."""
+    model = net()
+    batches = [inputs(1), inputs(2)]
+    errors = precision_errors(model, batches, Plan(layers=("backbone.*",)), ["head.first"])
+    assert set(errors) == {"backbone.0", "backbone.1", "backbone.2", "head.first"}
+    assert set(errors["head.first"]) == {"fp16"} and set(errors["backbone.1"]) == {"int8", "fp16"}
+    with torch.no_grad():
+        wanted = [model(*b) for b in batches]
+        layer = model.head["first"]
+        weight, bias = layer.weight.data, layer.bias.data
+        layer.weight.data, layer.bias.data = weight.half().float(), bias.half().float()
+        handle = layer.register_forward_hook(lambda m, args, y: y.half().float())
+        found = [model(*b) for b in batches]
+        handle.remove()
+        layer.weight.data, layer.bias.data = weight, bias
+    for output in range(2):
+        noise = sum(float((f[output] - w[output]).double().square().sum()) for f, w in zip(found, wanted, strict=True))
+        signal = sum(float(w[output].double().square().sum()) for w in wanted)
+        assert errors["head.first"]["fp16"][output] == pytest.approx(noise / signal, rel=1e-6)
+    assert errors["backbone.1"]["int8"][0] > 10 * errors["backbone.1"]["fp16"][0] > 0
+    coarse = precision_errors(model, batches, Plan(layers=("backbone.*",), weight_bits=2), [])
+    assert all(coarse[n]["int8"][0] > errors[n]["int8"][0] for n in coarse)
+    assert half_layers(model) == [] and not quant_layers(model)
+
+
+def test_the_budget_raises_the_costliest_layer_first() -> None:
+    errors = {"a": {"int8": [0.3, 0.1], "fp16": [0.01, 0.01]}, "b": {"int8": [0.02, 0.02], "fp16": [0.0, 0.0]},
+              "c": {"fp16": [0.05, 0.05]}}  # fmt: skip
+    assert choose_precisions(errors, 1.0) == {"a": "int8", "b": "int8", "c": "fp16"}
+    assert choose_precisions(errors, 0.09) == {"a": "fp16", "b": "int8", "c": "fp16"}
+    assert choose_precisions(errors, 0.03) == {"a": "fp16", "b": "int8", "c": "fp32"}
+    assert choose_precisions(errors, 0.0) == {"a": "fp32", "b": "fp16", "c": "fp32"}
+    # a layer with most of the multiplications is raised last
+    assert choose_precisions(errors, 0.25, {"a": 1e6, "b": 1.0, "c": 1.0})["a"] == "int8"
+    rows = sensitivity_rows(errors, choose_precisions(errors, 0.09), ("scores", "boxes"))
+    assert rows[0] == {"layer": "a", "what": "sensitivity: FP16 chosen", "int8_error": 0.2, "fp16_error": 0.01,
+                       "int8_by_output": {"scores": 0.3, "boxes": 0.1},
+                       "fp16_by_output": {"scores": 0.01, "boxes": 0.01}}  # fmt: skip
+
+
+def test_mixed_precision_chooses_and_is_restored(tmp_path: Path) -> None:
+    step = MixedPrecision(layers=("backbone.*",), half=("head.*",), budget=1.0, probes=2, samples=3, reduce_range=True)
+    small, trace = compress(net(), Recipe("m", (step,), "", ""), StreamKit(), folder=tmp_path)
+    assert sorted(quant_layers(small)) == ["backbone.0", "backbone.1", "backbone.2"]
+    assert half_layers(small) == ["head.first", "head.norm", "head.attn", "head.attn.out_proj", "head.last"]
+    assert trace[0].changed[0]["what"] == "sensitivity: 3 layers in INT8, 5 layers in FP16, 0 layers in FP32"
+    again = replay(net(), history(tmp_path))
+    load_weights(again, tmp_path / "00-mixedprecision" / "model.safetensors")
+    for a, b in zip(again.eval()(*inputs()), small(*inputs()), strict=True):
+        assert torch.equal(a, b)
+    none, trace = compress(net(), Recipe("m", (MixedPrecision(layers=("backbone.*",), half=("head.*",), budget=0.0,
+                           probes=2, samples=3),), "", ""), StreamKit())  # fmt: skip
+    assert not quant_layers(none) and {s.why for s in trace[0].skipped} == {"stays in FP32: chosen under the budget"}

@@ -1,0 +1,102 @@
+"""The dynamic path: a frame that looks like a surprise is looked at again, within a bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kits.bev_perception.dynamic import Dynamic, Policy
+from kits.bev_perception.model.boxes import encode
+from tests.kits.bev_models import MICRO
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Says(nn.Module):
+    """A detector that says one box (x, y) with a score, and counts its calls."""
+
+    def __init__(self, score: float = 0.01, place: tuple[float, float] = (0.0, 15.0)) -> None:
+        super().__init__()
+        self.score, self.place, self.calls = score, place, 0
+
+    def forward(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls += 1
+        scores = torch.full((1, MICRO.num_query, 10), -9.0)
+        scores[0, 0, 0] = torch.logit(torch.tensor(self.score))
+        box = torch.tensor([[*self.place, -1.0, 1.9, 4.5, 1.6, 0.0, 0.0, 0.0]])
+        codes = encode(box).expand(1, MICRO.num_query, 10).clone()
+        return scores, codes, torch.zeros(1, 120, 32)
+
+
+def frame(images: Tensor | None = None, first: bool = False, driven: float = 0.0) -> Inputs:
+    can_bus = torch.zeros(1, 18)
+    can_bus[0, 1] = driven
+    pictures = images if images is not None else torch.zeros(1, 6, 3, 64, 96)
+    matrices, memory = torch.eye(4).expand(1, 6, 4, 4), torch.zeros(1, 120, 32)
+    return pictures, matrices, can_bus, memory, torch.tensor([0.0 if first else 1.0]), torch.ones(1, 6)
+
+
+def test_a_quiet_street_is_seen_by_the_small_one_alone() -> None:
+    small, large = Says(0.01), Says(0.9)
+    path = Dynamic(small, large, MICRO)
+    for index in range(6):
+        path(*frame(first=index == 0))
+    assert (small.calls, large.calls, path.watch.share) == (6, 0, 0.0)
+
+
+def test_something_new_on_the_way_is_looked_at_again() -> None:
+    small, large = Says(0.01), Says(0.9)
+    path = Dynamic(small, large, MICRO, Policy(alarm=0.4, change=0.0, doubt=0.0))
+    path(*frame(first=True))
+    path(*frame())
+    small.score = 0.6
+    scores, _, _ = path(*frame())
+    assert path.watch.again == [False, False, True]
+    assert float(scores.sigmoid().max()) == pytest.approx(0.9, abs=1e-4), "the answer is the large one's"
+    path(*frame(driven=0.5))
+    assert not path.watch.again[-1], "what was there before, and has come nearer as the car drove on, is no news"
+
+
+def test_something_beside_the_way_is_none_of_its_business() -> None:
+    small, large = Says(0.01, (30.0, 15.0)), Says(0.9)
+    path = Dynamic(small, large, MICRO, Policy(alarm=0.4, change=0.0))
+    path(*frame(first=True))
+    small.score = 0.5
+    path(*frame())
+    assert large.calls == 0
+
+
+def test_a_block_that_changes_while_the_others_do_not_raises_the_alarm() -> None:
+    torch.manual_seed(0)
+    path = Dynamic(Says(), Says(), MICRO, Policy(novelty=0.0, doubt=0.0))
+    street = torch.randn(1, 6, 3, 64, 96) * 0.01
+    path(*frame(street, first=True))
+    drifted = street + torch.randn_like(street) * 0.2
+    path(*frame(drifted))
+    sudden = drifted + torch.randn_like(street) * 0.2
+    sudden[0, 0, :, 30:50, 40:56] += 2.0
+    path(*frame(sudden))
+    assert path.watch.again == [False, False, True]
+    assert path.watch.cues[2][0] > 3 * path.watch.cues[1][0]
+
+
+def test_the_budget_bounds_what_a_wild_street_costs() -> None:
+    small, large = Says(0.5), Says(0.9)
+    policy = Policy(alarm=0.0, share=0.25, burst=2.0)
+    path = Dynamic(small, large, MICRO, policy)
+    frames = 40
+    for index in range(frames):
+        path(*frame(first=index == 0))
+    assert small.calls == frames
+    assert large.calls <= policy.burst + policy.share * frames
+    assert large.calls >= policy.share * frames, "what was earned is spent where every frame alarms"
+
+
+def test_a_new_scene_forgets_the_last_one() -> None:
+    small = Says(0.01)
+    path = Dynamic(small, Says(), MICRO, Policy(alarm=0.4, doubt=0.0))
+    path(*frame(first=True))
+    small.score = 0.6
+    path(*frame(first=True))
+    assert path.watch.again == [False, False]
