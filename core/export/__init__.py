@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.export import onnx, openvino
 from core.export.artifact import Artifact, Variant, load_module, replacing, write_artifact
 from core.export.audit import audit_file, merge
+from core.export.choices import choices
 from core.export.folder import RUNTIME, export_folders
 from core.export.layers import Layers
 from core.export.parity import Criterion, ParityError, Reference, check, compare_layers, described
 from core.export.trace import Export, audit_trace
 from core.hardware.host import processor
 from core.kit import Graph, InputError, Kit
-from core.quantization import Quantizer, half_layers, halve_weights, pack_weights, quant_layers
+from core.quantization import Quantizer, half_layers, halve_weights, pack_weights, quant_layers, weights_alone
 
 __all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export", "export_kit"]
 
@@ -42,11 +43,12 @@ def export(
 
     Each file is audited (the precision of every operator, read from the compiled model) and compared
     with torch on the graphs' example inputs; a quantized model is compared with torch's simulation of
-    it. `tolerance` overrides by precision: for fp32 the largest difference relative to max(1, peak)
-    (default 1e-4), for all others the least SQNR in dB (default 25). The last precision on the last
-    runtime is chosen until `Artifact.choose` says otherwise. Raises ParityError naming the first layer
-    that drifts, and InputError for names that do not fit; in both cases and in a crash an older
-    artifact in `out` stays as it was.
+    it, a halved one with FP16 weights and FP32 sums, which is what its file holds. `tolerance` overrides
+    by precision: for fp32 the largest difference relative to max(1, peak) (default 1e-4), for all others
+    the least SQNR in dB (default 25). The last precision on the last runtime is chosen until
+    `Artifact.choose` says otherwise. Raises ParityError naming the first layer that drifts, and
+    InputError for names that do not fit; in both cases and in a crash an older artifact in `out` stays
+    as it was.
     """
     graphs, out = tuple(graphs), Path(out)
     _check_names(models, graphs, runtimes)
@@ -98,7 +100,7 @@ def _export_graph(
 ) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]]:
     """Write one graph for all runtimes; its description, and (audit, parity) by runtime."""
     inputs = tuple(graph.inputs.values())
-    reference = Reference.of(part, inputs)
+    reference = _reference(part, inputs)
     model = onnx.to_onnx(part, graph)
     if simulated := quant_layers(part):
         pack_weights(model)
@@ -117,8 +119,10 @@ def _export_graph(
         if runtime == "openvino":
             openvino.save_ir(source, path)
         found = load_module(runtime, path, None, as_tuple=True)(*inputs)
-        layerwise = compare_layers(reference, model, layers, inputs, runtime, work, criterion)
-        parity = check(f"{precision}-{runtime}", graph.name, graph.outputs, reference, found, layerwise, criterion)
+        chosen = [] if criterion.relative else choices(model, layers, inputs, runtime, work)
+        same = _reference(part, inputs, [c.indices for c in chosen]) if chosen else reference
+        layerwise = compare_layers(same, model, layers, inputs, runtime, work, criterion)
+        parity = check(f"{precision}-{runtime}", graph.name, graph.outputs, same, found, layerwise, criterion, chosen)
         results[runtime] = (
             audit_file(runtime, path, layers, graph.name, precision, quantized, {layers.full(n) for n in half}),
             parity,
@@ -128,6 +132,12 @@ def _export_graph(
         for left in (source, source.with_suffix(".onnx.data")):
             left.unlink(missing_ok=True)
     return described(graph, reference), results
+
+
+def _reference(part: nn.Module, inputs: Sequence[Tensor], given: Sequence[Tensor] = ()) -> Reference:
+    """What torch computes with what the exported file holds."""
+    with weights_alone(part):
+        return Reference.of(part, inputs, given)
 
 
 @contextmanager

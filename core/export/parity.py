@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from core.export.choices import Choice, Choosing
 from core.export.layers import Call, Layers
 from core.kit import Graph
 
@@ -108,9 +109,14 @@ class Reference:
     as_tuple: bool
     calls: Mapping[str, Sequence[Tensor | None]]
 
+    chosen: Sequence[tuple[Tensor, Tensor]] = ()
+
     @staticmethod
-    def of(module: nn.Module, inputs: Sequence[Tensor]) -> Reference:
-        """Run the module once with forward hooks on all submodules."""
+    def of(module: nn.Module, inputs: Sequence[Tensor], given: Sequence[Tensor] = ()) -> Reference:
+        """Run the module once with forward hooks on all submodules.
+
+        `chosen` is then what torch's own `topk` chose, values and places; with `given` it went on with those places.
+        """
         calls: dict[str, list[Tensor | None]] = defaultdict(list)
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -122,13 +128,13 @@ class Reference:
 
         handles = [m.register_forward_hook(hook(n)) for n, m in module.named_modules() if n]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Choosing(given) as choosing:
                 result = module(*inputs)
         finally:
             for handle in handles:
                 handle.remove()
         outputs = tuple(t for t in tree_leaves(result) if isinstance(t, Tensor))
-        return Reference(outputs, not isinstance(result, Tensor), dict(calls))
+        return Reference(outputs, not isinstance(result, Tensor), dict(calls), choosing.seen)
 
 
 def described(graph: Graph, reference: Reference) -> dict[str, Any]:
@@ -221,8 +227,12 @@ def check(
     found: Sequence[Tensor],
     layerwise: tuple[list[Drift], Drift | None],
     criterion: Criterion,
+    chosen: Sequence[Choice] = (),
 ) -> dict[str, Any]:
-    """The record of one graph for the manifest; raises ParityError when an output is beyond the criterion."""
+    """The record of one graph for the manifest; raises ParityError when an output is beyond the criterion.
+
+    `chosen` are the choices that `reference` was given, if it was given any.
+    """
     outputs = {n: deviation(a, b) for n, a, b in zip(names, reference.outputs, found, strict=True)}
     drifts, first = layerwise
     for name, d in outputs.items():
@@ -235,13 +245,36 @@ def check(
             raise ParityError(
                 f"{variant}, graph {graph!r}: output {name!r} disagrees with torch: {d}; wanted {criterion}; {where}"
             )
+    told = choices_agree(variant, graph, reference, chosen, criterion)
     worst = min(outputs.values(), key=lambda d: d.sqnr)
     text = f"agrees with torch ({criterion}): {worst}; {len(drifts)} layers compared"
     if first is not None:
         text += f"; inside, {first.layer} is the first beyond that ({first.deviation})"
+    if moved := sum(c["moved"] for c in told):
+        text += f"; {moved} places of TopK differ at scores that agree, torch was given those of the runtime"
     return {
         "outputs": {n: d.to_json() for n, d in outputs.items()},
         "layers": [d.to_json() for d in drifts],
         "first_drift": first.to_json() if first is not None else None,
+        "choices": told,
         "text": text,
     }
+
+
+def choices_agree(
+    variant: str, graph: str, reference: Reference, chosen: Sequence[Choice], criterion: Criterion
+) -> list[dict[str, Any]]:
+    """The record of every choice; raises ParityError where the scores of what was chosen are beyond the criterion."""
+    records: list[dict[str, Any]] = []
+    if chosen and len(chosen) != len(reference.chosen):
+        raise RuntimeError(f"graph {graph!r}: {len(chosen)} TopK in the file, {len(reference.chosen)} calls in torch")
+    for choice, (values, places) in zip(chosen, reference.chosen, strict=False):
+        found = deviation(values, choice.values)
+        if not criterion.holds(found):
+            raise ParityError(
+                f"{variant}, graph {graph!r}: the best scores in {choice.layer} disagree with torch: {found}; "
+                f"wanted {criterion}"
+            )
+        moved = int((places != choice.indices).sum())
+        records.append({"layer": choice.layer, "moved": moved, "of": places.numel(), "values": found.to_json()})
+    return records

@@ -113,6 +113,20 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 @contextmanager
+def weights_alone(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it outputs are not rounded: the model as an exported file holds it, FP16 weights and FP32 sums."""
+    marked = [module for module in model.modules() if is_half(module)]
+    for module in marked:
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _rounded]:
+            del module._forward_hooks[key]
+    try:
+        yield model
+    finally:
+        for module in marked:
+            _mark(module)
+
+
+@contextmanager
 def halved(module: nn.Module) -> Iterator[None]:
     """Within it one layer is in FP16."""
     before = [p.data for p in module.parameters(recurse=False)]

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from core.compress import TraceEntry, history, replay
 from core.evaluation.bench import bench
 from core.evaluation.measure import device, runtime_title
 from core.export.artifact import origin_of
-from core.figures import Estimated, Figure, Figures, Measured
+from core.figures import Figure, Figures, Measured, Stage
 from core.hardware.profile import profile
 from core.kit import Kit
+from core.pruning import sparse_utilization
+from core.pruning.parts import output_channels
+from core.report import read_json
+from core.weights import load_weights
 from kits.bev_perception.acceptance import RATE_HZ, observed, verdict
 from kits.bev_perception.data.keyframes import Keyframe
 from kits.bev_perception.model.configs import NANO
+from kits.bev_perception.prune import channels_removed
 
 SECONDS = {"smoke": 4.0, "full": 30.0}
 
 
 def compare(
-    kit: Kit, original: nn.Module, compressed: nn.Module, samples: Sequence[Keyframe], artifact: Any, preset: str
+    kit: Kit,
+    original: nn.Module,
+    compressed: nn.Module,
+    samples: Sequence[Keyframe],
+    artifact: Any,
+    preset: str,
+    steps: Path,
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    """Figures that need both models, and a table of the scores by group of frames."""
+    """Figures that need both models, and a table of the scores by group of frames.
+
+    `steps` is the folder of the steps' checkpoints, from which the compressed network is built once more.
+    """
     origin = origin_of(compressed)
     assert origin is not None  # the run compares what it exported
     variant = artifact.variants[origin.variant]
     twin = next(v.name for v in artifact.variants.values() if v.runtime == variant.runtime and v.precision == "fp32")
     figures = _latency(kit, artifact, twin, variant.name, samples, preset)
-    figures |= _compute(kit, original, artifact)
+    figures |= _compute(kit, original, artifact, steps)
     more, table = _groups(artifact, twin, variant.name, samples)
     return figures | more, [table]
 
@@ -48,13 +66,38 @@ def _latency(kit: Kit, artifact: Any, twin: str, variant: str, samples: Sequence
     return Figures([Figure("latency_share", ratio.value, "x", basis)])
 
 
-def _compute(kit: Kit, original: nn.Module, artifact: Any) -> Figures:
-    """Exact operations of the network that was exported, at the rate of the gates."""
-    found = Figures()
+def _compute(kit: Kit, original: nn.Module, artifact: Any, steps: Path) -> Figures:
+    """Channels, patterns and exact operations of the network that was exported, built again from its steps."""
     (graph,) = kit.exports()
-    macs = sum(layer.macs for layer in profile(graph.module(original), tuple(graph.inputs.values())))
-    basis = Estimated("exact multiplications and additions of one forward, times the rate", (f"{RATE_HZ:g} Hz",), 0.0)
-    return found | Figures([Figure("tops", 2 * macs * RATE_HZ / 1e12, "TOPS", basis, "original")])
+    inputs = tuple(graph.inputs.values())
+    done = sorted(steps.glob("[0-9][0-9]-*/step.json"))
+    small = replay(copy.deepcopy(original), history(steps))
+    load_weights(small, done[-1].parent / "model.safetensors")
+    trace = [TraceEntry.from_json(read_json(step)["trace"]) for step in done]
+    before, after = channels_removed(trace)
+    counted = Measured(device(), "counted", 1, 0.0, artifact.sha256)
+    whole = output_channels(original), output_channels(small)
+    found = Figures(
+        [
+            Figure("channels_removed", 100 * (1 - after / before) if before else 0.0, "%",
+                   replace(counted, note="of the output channels that pruning may take")),
+            Figure("channels_removed_of_all", 100 * (1 - whole[1] / whole[0]), "%",
+                   replace(counted, note="of those of every convolution and linear layer")),
+        ]
+    )  # fmt: skip
+    stages: tuple[tuple[Stage, nn.Module], ...] = (("original", original), ("compressed", small))
+    for stage, model in stages:
+        used = sparse_utilization(model.eval(), inputs)
+        macs = sum(layer.macs for layer in profile(model, inputs))
+        found |= Figures(
+            [
+                Figure("sparse_utilization", 100 * used.share, "%",
+                       replace(counted, note="2:4, of the MACs of all matrix products"), stage),
+                Figure("tops", 2 * macs * RATE_HZ / 1e12, "TOPS",
+                       replace(counted, note=f"two operations a MAC, {RATE_HZ:g} frames a second"), stage),
+            ]
+        )  # fmt: skip
+    return found
 
 
 def _groups(artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe]) -> tuple[Figures, dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kits.bev_perception.predict import add_arguments, check, predict
 from torch import Tensor, nn
 
 from core.compress import compress, history, replay
@@ -22,9 +21,10 @@ from core.export import RUNTIMES, export
 from core.figures import Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
+from core.pruning import Group
 from core.weights import load_weights, save_weights
 from kits.bev_perception import training
-from kits.bev_perception.acceptance import GATES, RATE_HZ, freeze_threshold, observed, verdict
+from kits.bev_perception.acceptance import CAR, GATES, RATE_HZ, freeze_threshold, observed, verdict
 from kits.bev_perception.card import write_card
 from kits.bev_perception.comparison import compare
 from kits.bev_perception.data.boxes import Boxes
@@ -38,7 +38,9 @@ from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.detector import OUTPUTS, BEVFormer, example_inputs
 from kits.bev_perception.model.learner import Batch, Learner
 from kits.bev_perception.model.state import BevState
-from kits.bev_perception.pictures import scene_strip
+from kits.bev_perception.pictures.frame import scene_strip
+from kits.bev_perception.predict import add_arguments, check, predict
+from kits.bev_perception.prune import coupled
 from kits.bev_perception.recipes import DEFAULT, RECIPES
 from kits.bev_perception.scenes import network_images
 
@@ -55,7 +57,7 @@ class BevPerception:
     title = "BEV perception: a pruned, mixed-precision detector of six cameras"
     recipes: Mapping[str, Recipe] = RECIPES
     default_recipe = DEFAULT
-    default_target = "automotive-10tops"
+    default_target = CAR
     headline = "nds"
     rate_hz = RATE_HZ
     gates = GATES
@@ -137,6 +139,10 @@ class BevPerception:
         """The training loss of a batch without denoising, a scalar."""
         found: Tensor = Learner(model)(batch)  # type: ignore[arg-type]
         return found
+
+    def coupled(self, module: nn.Module) -> list[Group]:
+        """The groups of channels that tracing cannot follow."""
+        return coupled(module)
 
     def exports(self) -> tuple[Graph, ...]:
         """One graph: cameras, motion and memory to boxes and memory."""
@@ -264,7 +270,7 @@ class BevPerception:
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """Latency in the same runtime, channels, sparsity, compute, and losses by day, by night and after events."""
-        return compare(self, original, compressed, samples, artifact, preset)
+        return compare(self, original, compressed, samples, artifact, preset, out.parent / "steps")
 
     def pictures(self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Frames by day and by night with what was found and what was there."""

@@ -85,7 +85,7 @@ def predict(
     drives = _drives(inputs, options)
     results, reports = {}, []
     count = sum(len(drive.samples) for drive in drives)
-    stages = 1 if options.no_pictures else 2
+    stages = 1 if options.no_pictures else 3  # detect, draw, film
     with progress("detecting", count * stages) as bar:
         for line in findings.lines:
             bar.log(line)
@@ -105,6 +105,7 @@ def predict(
                         bar.advance(drive.name)
                 if not options.no_pictures and frames:
                     reports[-1].update(_films(drive, frames, out, options.mp4))
+                    bar.advance(drive.name, len(frames))
         finally:
             write_results(out / "results_nusc.json", results)
             summary = {"config": config.name, "threshold": threshold, **findings.counts, "scenes": reports}
@@ -241,9 +242,8 @@ def _told(reports: Sequence[Mapping[str, Any]], findings: _Findings, threshold: 
         most = sorted(total.items(), key=lambda item: -item[1])[:4]
         what = ", ".join(f"{n} {name}" for name, n in most) or "nothing"
         count = len(report["frames"])
-        lines.append(
-            f"  {report['scene']} ({report['light'] or 'empty'}): {count} frames, {what} from {threshold:.2f} on"
-        )
+        told = f"{count} frames, {what} from {threshold:.3g} on" if count else "no keyframe in it"
+        lines.append(f"  {report['scene']}{report['light'] and ', ' + report['light']}: {told}")
         if report.get("mp4", "") is None:
             lines.append("    no MP4: OpenCV on this machine writes none; the GIF is there")
     noted = [(report["scene"], f) for report in reports for f in report["frames"] if f["notes"]]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from core.kit import Recipe
+from core.pruning import Sparsify
 from core.quantization import Quantize
+from kits.bev_perception.distil import FollowOriginal
+from kits.bev_perception.prune import prune_steps
 
 TRANSFORMER = ("pts_bbox_head.*",)
 """What stays float: attention, geometry, norms and heads, as the field does."""
@@ -13,10 +16,28 @@ CNN_INT8 = Quantize(
 )  # fmt: skip
 """7-bit weights: 8-bit ones saturate where a processor lacks VNNI."""
 
+FOLLOWED = tuple(
+    step for prune in prune_steps(0.6) for step in (prune, FollowOriginal(epochs=1, lr=3e-4))
+)  # fmt: skip
+"""Backbone, feed-forward, values, heads: a distillation after each."""
+LONGER = FollowOriginal(epochs=6, lr=4e-4)
+SPARSE = Sparsify(epochs=1, lr=1e-4, batch_size=2)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("mixed", (CNN_INT8,), "a minute", "INT8 in the backbone and its neck, the transformer float"),
+        Recipe(
+            "pruned", (*FOLLOWED, LONGER), "not timed yet; ten epochs of training, so plan for two hours",
+            "60 % of the prunable channels gone, distilled",
+        ),
+        Recipe(
+            "sparse", (SPARSE,), "not timed yet; one epoch of training", "2:4 zeros in every matrix product that can",
+        ),
+        Recipe(
+            "whole", (*FOLLOWED, LONGER, SPARSE, CNN_INT8), "not timed yet; eleven epochs of training",
+            "pruned, 2:4 and INT8 in the backbone",
+        ),
     )
-}
+}  # fmt: skip
 DEFAULT = "mixed"

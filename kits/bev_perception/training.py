@@ -38,10 +38,13 @@ class Memory:
     def batch(self, shots: Sequence[Shot], device: torch.device) -> Batch:
         """The row as a batch; where a scene begins, what is remembered is not looked at."""
         view, truths = collate(shots, self.config)
-        bev = self._bev if self._bev is not None else empty_memory(self.config, len(shots))
         moved = type(view)(*(t.to(device) for t in vars(view).values()))
         there = [type(t)(t.boxes.to(device), t.labels.to(device)) for t in truths]
-        return Batch(moved, there, (), bev.to(device))
+        return Batch(moved, there, (), self.remembered(len(shots), device))
+
+    def remembered(self, rows: int, device: torch.device) -> Tensor:
+        """The memory before the next row (B, Q, C)."""
+        return (self._bev if self._bev is not None else empty_memory(self.config, rows)).to(device)
 
     def keep(self, bev: Tensor) -> None:
         """Remember for the row that follows."""

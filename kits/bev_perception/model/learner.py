@@ -12,6 +12,7 @@ from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.dense_loss import PixelHead, cell_loss
 from kits.bev_perception.model.detector import BEVFormer, Head, Predictions
 from kits.bev_perception.model.loss import Truth, assigned_loss, matched_loss
+from kits.bev_perception.model.proposals import Dense
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,27 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss to minimise, its parts by name, and the memory (B, Q, C) with its graph; detach it to keep it."""
+    """The loss to minimise, its parts by name, and what it came from, with its graph.
+
+    That is the memory (B, Q, C), the finest features (B, N, C, h, w), and what the dense head says where there is one.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
     bev: Tensor
+    features: Tensor
+    dense: Dense | None
 
 
 def head_losses(
-    head: Head, bev: Tensor, truths: Sequence[Truth], denoiser: Denoiser | None = None, denoising_weight: float = 1.0
+    head: Head,
+    bev: Tensor,
+    dense: Dense | None,
+    truths: Sequence[Truth],
+    denoiser: Denoiser | None = None,
+    denoising_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """What a head loses on a BEV (B, Q, C), by part: see `Learner.losses`."""
-    dense = head.dense(bev)
+    """What a head loses on a BEV (B, Q, C) and what its dense head says of it, by part: see `Learner.losses`."""
     queries = head.queries(bev, dense)
     parts: dict[str, Tensor] = {}
     if denoiser is None or not any(len(truth.labels) for truth in truths):
@@ -98,10 +108,11 @@ class Learner(nn.Module):
         bev = head.encode(
             features, view.lidar2img, view.can_bus, self.remember(batch), view.has_prev, view.camera_mask, shape
         )
-        parts = head_losses(head, bev, truths, self.denoiser, self.denoising_weight)
+        dense = head.dense(bev)
+        parts = head_losses(head, bev, dense, truths, self.denoiser, self.denoising_weight)
         if self.pixels is not None:
             parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths).items()}
-        return Losses(torch.stack(list(parts.values())).sum(), parts, bev)
+        return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense)
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:
         """The memory (B, Q, C) after a view."""

@@ -95,5 +95,6 @@ class LidarTeacher(nn.Module):
 
     def loss(self, clouds: Sequence[Tensor], truths: Sequence[Truth]) -> Tensor:
         """The loss of every decoder layer and of the dense head, a scalar."""
-        parts = head_losses(self.pts_bbox_head, self.pillars(clouds), truths)
+        bev, head = self.pillars(clouds), self.pts_bbox_head
+        parts = head_losses(head, bev, head.dense(bev), truths)
         return torch.stack(list(parts.values())).sum()

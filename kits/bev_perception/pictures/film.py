@@ -17,8 +17,8 @@ from kits.bev_perception.pictures.paper import BAD, DIM, GROUND, INK, LINE, PALE
 KEPT = (GROUND, PANEL, LINE, DIM, INK, WARN, BAD, TRUTH, *PALETTE)  # colours that a palette of photographs would lose
 WIDTHS = (1200, 1000, 840, 700, 560)  # px, tried in turn
 BYTES_A_FRAME = 300_000  # a film of twenty frames stays below 6 MB
-CODECS = ("avc1", "vp09", "mp4v")
-FILM_WIDTH = 1600
+CODECS = ("mp4v", "vp09")  # of pip's OpenCV; the second is a browser's, and takes six times as long
+FILM_WIDTH = 1600  # px of an MP4
 
 
 def write_gif(path: Path, pictures: Sequence[Path], seconds: float) -> int:

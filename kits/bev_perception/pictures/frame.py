@@ -86,15 +86,16 @@ def frame_picture(seen: Seen, threshold: float = THRESHOLD, config: Config | Non
     blind = [sight for channel in seen.missing if (sight := _sight(known.sample, channel)) is not None]
     overhead(paper, (left, HEAD, MAP), known.points, known.sensor, said, known.truth, blind)
     _head(paper, seen, left, len(said), len(known.truth))
-    _foot(paper, [*seen.notes, *known.doubts], said, threshold)
+    notes = [_short(note, known.sample) for note in (*seen.notes, *known.doubts)]
+    _foot(paper, notes, said, threshold)
     return paper.finished()
 
 
 def scene_strip(
     module: nn.Module,
+    config: Config | None,
     samples: Sequence[Keyframe],
     threshold: float = THRESHOLD,
-    config: Config | None = None,
     shown: int = 3,
 ) -> list[dict[str, Any]]:
     """Pictures for the report, {"title", "png"}: a frame of each of some scenes, of every light first.
@@ -112,7 +113,7 @@ def scene_strip(
         seen = list(watch(module, run[: WARM + 1], config))[-1]
         picture = smaller(frame_picture(seen, threshold, config), REPORT_WIDTH)
         place = f"{seen.keyframe.scene}, {light(seen.keyframe)}, frame {seen.keyframe.index + 1}"
-        title = f"{place}: solid predictions from {threshold:.2f}, thin green truth"
+        title = f"{place}: solid predictions from {threshold:.3g}, thin green truth"
         pictures.append({"title": title, "png": png(picture)})
     return pictures
 
@@ -160,18 +161,17 @@ def _camera(known: _Known, channel: str) -> tuple[Picture | str, Array | None]:
             return f"no {channel} keyframe in the tables", None
         picture = known.sample.recordings[channel].image()
     except InputError as error:
-        return _short(error, known.sample), None
+        return _short(str(error), known.sample), None
     try:
         return picture, known.sample.lidar2img(channel)
     except InputError:
         return picture, None
 
 
-def _short(error: InputError, sample: Sample) -> str:
-    """What is wrong with a file, without the path that a panel has no room for."""
-    words = str(error)
-    for recording in sample.recordings.values():
-        words = words.replace(f"sample_data {recording.token!r}: ", "").replace(f"{recording.path.parent}/", "")
+def _short(words: str, sample: Sample | None) -> str:
+    """Words about a file without its token and path, for which a picture has no room."""
+    for recording in sample.recordings.values() if sample is not None else ():
+        words = words.replace(f"sample_data {recording.token!r}: {recording.path} ", "its file ")
     return words
 
 
@@ -222,7 +222,7 @@ def _foot(paper: Paper, notes: Sequence[str], said: Boxes, threshold: float) -> 
     cell = np.array([[EDGE, y - 12], [EDGE + 26, y - 12], [EDGE + 26, y + 1], [EDGE, y + 1]], np.float64)
     outline(paper.pixels, cell, TRUTH)
     x = EDGE + 34 + paper.text(EDGE + 34, y, "truth", 14) + 24
-    words = f"predictions from {threshold:.2f}: solid, front face filled; on the map a line points ahead"
+    words = f"predictions from {threshold:.3g}: solid, front face filled; on the map a line points ahead"
     x += paper.text(x, y, words, 14) + 24
     tint = shades(np.linspace(*HEIGHTS, 120)).round().astype(np.uint8)
     paper.area(round(x), y - 11, 120, 11)[:] = tint

@@ -1,0 +1,112 @@
+"""The step that brings a pruned detector back: trained along streams, towards what the original sees.
+
+The object queries of two detectors come in no common order, so what is compared is what lies before them: the neck's
+features, the BEV where something stands, and what every cell of the dense head says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.compress import Outcome, handles
+from core.distillation import guided_loss, softened_binary_kl
+from core.kit import Context, InputError, Step
+from core.train import Schedule, fit
+from kits.bev_perception.data.streams import Shot, streams
+from kits.bev_perception.lidar import foreground
+from kits.bev_perception.model.denoising import Noise
+from kits.bev_perception.model.detector import BEVFormer
+from kits.bev_perception.model.learner import Learner
+from kits.bev_perception.training import LANES, Memory
+
+
+@dataclass(frozen=True)
+class FollowOriginal(Step):
+    """Train on the detector's own loss and towards the original's neck, BEV and dense head, by these weights."""
+
+    epochs: int
+    lr: float = 3e-4
+    neck: float = 1.0
+    bev: float = 1.0
+    heat: float = 20.0
+    ema: float = 0.99
+    seed: int = 0
+
+
+class _Following(nn.Module):
+    """A learner beside the original, each with its own memory; the forward takes shots and returns the loss."""
+
+    def __init__(self, detector: BEVFormer, original: BEVFormer, step: FollowOriginal) -> None:
+        super().__init__()
+        self.learner, self.step = Learner(detector, Noise(groups=3)), step
+        self.memory, self.theirs = Memory(detector.config, LANES), Memory(detector.config, LANES)
+        self._original = [original]  # in a list, so that it is no part of what is trained
+
+    def forward(self, shots: Sequence[Shot]) -> Tensor:
+        (original,) = self._original
+        head, config = original.pts_bbox_head, original.config
+        device = head.code_weights.device
+        batch = self.memory.batch(shots, device)
+        found = self.learner.losses(batch)
+        self.memory.keep(found.bev)
+        view, shape = batch.view, (config.images.height, config.images.width)
+        with torch.no_grad():
+            features = original.features(view.images)
+            bev = head.encode(
+                features, view.lidar2img, view.can_bus, self.theirs.remembered(len(shots), device), view.has_prev,
+                view.camera_mask, shape,
+            )  # fmt: skip
+            dense = head.dense(bev)
+        self.theirs.keep(bev)
+        step, total = self.step, found.total
+        # by the size of what is to be met, so that the weight means the same for every original
+        total = total + step.neck * F.mse_loss(found.features, features[0]) / features[0].square().mean()
+        grid = (config.bev_h, config.bev_w)
+        ours, theirs = (b.transpose(1, 2).unflatten(2, grid) for b in (found.bev, bev))
+        total = total + step.bev * guided_loss(ours, theirs, foreground(batch.truths, config))
+        if found.dense is not None and dense is not None:
+            total = total + step.heat * softened_binary_kl(found.dense.logits, dense.logits, 1.0)
+        return total
+
+
+@handles(FollowOriginal)
+def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
+    """Train the given detector; its modules stay what they are."""
+    original = context.original
+    if not isinstance(model, BEVFormer) or not isinstance(original, BEVFormer):
+        raise InputError(
+            f"FollowOriginal: takes a BEVFormer, this is a {type(model).__name__}; put it before the others"
+        )
+    samples = context.kit.dataset(context.data, "train", context.preset)
+    schedule = Schedule(
+        step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.05, clip=10.0, ema=step.ema, seed=step.seed
+    )
+
+    def batches(epoch: int) -> Iterator[list[Shot]]:
+        return streams(samples, LANES, step.seed * 1009 + epoch, train=True)
+
+    def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
+        value: Tensor = net(shots)
+        return value
+
+    modes = [(module, module.training) for module in original.modules()]
+    original.eval()
+    folder = context.folder / "follow" if context.folder is not None else None
+    try:
+        trained = fit(
+            _Following(model, original, step), batches, loss, schedule, steps_per_epoch=-(-len(samples) // LANES),
+            folder=folder, resume=context.resume, label="following the original",
+        )  # fmt: skip
+    finally:
+        for module, training in modes:
+            module.training = training
+    losses = [entry["loss"] for entry in trained.history]
+    detector: Any = trained.model.get_submodule("learner.detector")
+    what = f"trained for {step.epochs} epochs towards the original; loss {losses[0]:.4g} -> {losses[-1]:.4g}"
+    return Outcome(detector, [{"layer": "(model)", "what": what}])

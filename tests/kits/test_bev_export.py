@@ -1,0 +1,92 @@
+"""BEVFormer exported: one graph of six inputs, its CNN in INT8 and its transformer in FP16, told by the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.compress import compress
+from core.export import export
+from core.kit import Graph, Recipe
+from core.quantization import Half, Quantize
+from kits.bev_perception.model.detector import INPUTS, OUTPUTS, BEVFormer, empty_memory, example_inputs
+from tests.core.toy import ToyKit
+from tests.kits.bev_models import MICRO
+
+SMALL = replace(MICRO, encoder_layers=1)
+CNN, TRANSFORMER = ("img_backbone.*", "img_neck.*"), ("pts_bbox_head.*",)
+
+
+class Frames(ToyKit):
+    """Frames whose memory is what the network said of the frame before."""
+
+    def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Any]:
+        return list(range(8))
+
+    def stream(self, samples: Sequence[Any], count: int, seed: int) -> Generator[tuple[Tensor, ...], Any, None]:
+        memory, known = empty_memory(SMALL), 0.0
+        for sample in samples[:count]:
+            given = example_inputs(SMALL, seed=sample) | {"prev_bev": memory, "has_prev": torch.tensor([known])}
+            output = yield tuple(given.values())
+            memory, known = output[2], 1.0
+
+
+def detector() -> BEVFormer:
+    torch.manual_seed(0)
+    model = BEVFormer(SMALL).eval()
+    for module in model.modules():
+        # a block begins as its shortcut: give its convolutions a say
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.constant_(module.weight, 0.5)
+    return model
+
+
+def test_a_mixed_detector_exports_agrees_and_tells_what_ran(tmp_path: Path) -> None:
+    model = detector()
+    step = Quantize(layers=CNN, samples=2, reduce_range=True, bias_correction=False)
+    small, _ = compress(model, Recipe("mixed", (step, Half(layers=TRANSFORMER)), "", ""), Frames())
+    given = example_inputs(SMALL)
+    assert tuple(given) == INPUTS
+    graph = Graph("detector", given, OUTPUTS)
+    artifact = export({"fp32": model, "mixed": small}, (graph,), "this-host", tmp_path / "a", kit="bev",
+                      runtimes=["openvino"])  # fmt: skip
+    audit = artifact.variant("mixed-openvino").audit
+    convolutions = [r for r in audit["layers"] if r["layer"].startswith(("img_backbone", "img_neck"))]
+    assert len(convolutions) == 24
+    assert {(r["asked"], r["stored"], r["ran"]) for r in convolutions} == {("INT8", "INT8", "INT8")}
+    rest = [r for r in audit["layers"] if r["layer"].startswith("pts_bbox_head.transformer")]
+    assert {(r["asked"], r["stored"], r["ran"]) for r in rest} == {("FP16", "FP16", "FP32")}
+    assert any(r["layer"].endswith("attentions.0.attn") for r in rest)
+    named = {o["layer"] for o in audit["operators"] if o["operator"] == "GridSample"}
+    assert "pts_bbox_head.transformer.encoder.layers.0.attentions.1.deformable_attention" in named
+    assert artifact.variant("fp32-openvino").audit["warnings"] == []
+    # the six inputs in their order; the memory is looked at, and only where there is one
+    module = artifact.as_module("fp32-openvino", threads=1)
+    with torch.no_grad():
+        wanted = model(*given.values())
+    for found, right in zip(module(*given.values()), wanted, strict=True):
+        assert torch.allclose(found, right, atol=1e-3)
+    begun = given | {"has_prev": torch.zeros(1)}
+    other = begun | {"prev_bev": torch.randn_like(given["prev_bev"])}
+    assert torch.equal(module(*begun.values())[2], module(*other.values())[2])
+    assert not torch.allclose(module(*begun.values())[2], wanted[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("patterns", [CNN, ("img_neck.*",)])
+def test_the_cnn_alone_is_quantized_on_frames_in_order(patterns: tuple[str, ...]) -> None:
+    step = Quantize(layers=patterns, samples=3)
+    small, trace = compress(detector(), Recipe("cnn", (step,), "", ""), Frames())
+    done = {line["layer"] for line in trace[0].changed if "weight_bits" in line}
+    assert done and all(name.startswith(tuple(p[:-1] for p in patterns)) for name in done)
+    left = {s.layer: s.why for s in trace[0].skipped}
+    head = "pts_bbox_head.transformer.encoder.layers.0.attentions.0.value_proj"
+    assert left[head].startswith("stays as it is: not among the layers of the step")
+    with torch.no_grad():
+        _, _, bev = small(*example_inputs(SMALL).values())
+    assert bev.isfinite().all()
