@@ -329,7 +329,9 @@ def test_evaluate_writes_predictions_and_metrics(
     out = tmp_path / "out"
     metrics = kit.evaluate(artifact.as_module(threads=1), reported, artifact.meta, out)
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert len([p for p in (out / "predictions").iterdir() if p.name != "prompts.json"]) == 2
+    written = [p.name for p in (out / "predictions").iterdir() if p.name != "prompts.json"]
+    # a file a sample, or the one that the devkit of the data wants
+    assert len(written) == 2 or written == ["results_nusc.json"]
 
 
 @pytest.mark.parametrize(

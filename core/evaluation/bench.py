@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ RESAMPLES = 400
 CONFIDENCE = 0.95
 # the least number of rounds that a time limit may cut a bench to
 LEAST_ROUNDS = 5
+# after so many seconds two rounds are enough: a picture of a large model takes minutes, and a user waits for it
+PATIENCE = 600.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _rounds(
     started = time.perf_counter()
     rows = [_one_round(runs_of, False)]
     round_time = time.perf_counter() - started
-    expected = runs if runs is not None else max(LEAST_ROUNDS, int((seconds or 0.0) / max(round_time, 1e-9)))
+    least = min(LEAST_ROUNDS, max(2, math.ceil(PATIENCE / max(round_time, 1e-9))))
+    expected = runs if runs is not None else max(least, int((seconds or 0.0) / max(round_time, 1e-9)))
     with progress(label, expected, done=1, quiet=expected * round_time < 10) as bar:
         while len(rows) < runs if runs is not None else _time_left(len(rows), started, seconds or 0.0):
             rows.append(_one_round(runs_of, len(rows) % 2 == 1))
@@ -121,7 +125,8 @@ def _rounds(
 
 
 def _time_left(done: int, started: float, seconds: float) -> bool:
-    return done < LEAST_ROUNDS or time.perf_counter() - started < seconds
+    spent = time.perf_counter() - started
+    return done < (LEAST_ROUNDS if spent < PATIENCE else 2) or spent < seconds
 
 
 def _one_round(runs_of: list[Callable[[], Any]], backwards: bool) -> list[float]:

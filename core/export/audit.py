@@ -151,8 +151,12 @@ def _openvino(path: Path, layers: Layers) -> list[dict[str, Any]]:
             heavy = [n for n in (layers.behind(o) for o in origins) if n is not None][:1]
         told = heavy[0] if heavy else origins[-1] if origins else None
         precision = _OPENVINO_TYPES.get(info["runtimePrecision"], str(info["runtimePrecision"]).upper())
-        if precision == "INT8" and not heavy and any(layers.boolean(n) for n in origins):
-            precision = "BOOL"  # held in bytes
+        if precision == "INT8" and not heavy:
+            # truth values are held in bytes; a choice by them is told by its first input too
+            if any(layers.boolean(n) for n in origins):
+                precision = "BOOL"
+            elif any(n.op_type == "Where" for n in origins):
+                precision = "FP32"
         rows.append(
             {
                 "operator": kind,
@@ -162,6 +166,13 @@ def _openvino(path: Path, layers: Layers) -> list[dict[str, Any]]:
                 "origins": [n.name for n in (heavy or origins)],
             }
         )
+    # small products run inside of a subgraph of elementwise operations
+    found_already = {name for row in rows if row["weighted"] for name in row["origins"]}
+    for row in rows:
+        inside = [name for name in row["origins"] if name in weighted - found_already]
+        if row["operator"] == "Subgraph" and inside:
+            row["weighted"], row["origins"] = True, inside
+            found_already.update(inside)
     return rows
 
 

@@ -104,8 +104,8 @@ class Layers:
         while node is not None and node.name not in weighted:
             if node.op_type not in _AFTER or seen > 8:
                 return None
-            before = [self.producer[name] for name in node.input if name in self.producer]
-            node, seen = before[0] if len(before) == 1 else None, seen + 1
+            read = [name for name in node.input if self.root(name) not in self.initializers]
+            node, seen = self.producer.get(read[0]) if len(read) == 1 else None, seen + 1
         return node
 
     def boolean(self, node: Any) -> bool:

@@ -7,6 +7,7 @@ from core.pruning import Sparsify
 from core.quantization import Quantize
 from kits.bev_perception.distil import FollowOriginal
 from kits.bev_perception.prune import prune_steps
+from kits.bev_perception.stem import DepthStem
 
 TRANSFORMER = ("pts_bbox_head.*",)
 """What stays float: attention, geometry, norms and heads, as the field does."""
@@ -32,10 +33,10 @@ RECIPES = {
             "60 % of the prunable channels gone, distilled",
         ),
         Recipe(
-            "sparse", (SPARSE,), "not timed yet; one epoch of training", "2:4 zeros in every matrix product that can",
+            "sparse", (DepthStem(), SPARSE), "not timed yet; one epoch of training", "2:4 zeros in every matrix product that can",
         ),
         Recipe(
-            "whole", (*FOLLOWED, LONGER, SPARSE, CNN_INT8), "not timed yet; eleven epochs of training",
+            "whole", (*FOLLOWED, LONGER, DepthStem(), SPARSE, CNN_INT8), "not timed yet; eleven epochs of training",
             "pruned, 2:4 and INT8 in the backbone",
         ),
     )

@@ -37,6 +37,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export({"fp32": _WithSteps(net)}, [graph], "this-host", out, kit="demo")
 
 
+@pytest.mark.parametrize(("patience", "rounds"), [(600.0, 5), (0.05, 2)])
+def test_what_takes_long_is_timed_less_often(monkeypatch: pytest.MonkeyPatch, patience: float, rounds: int) -> None:
+    monkeypatch.setattr(sys.modules["core.evaluation.bench"], "PATIENCE", patience)
+    calls = []
+    found = bench({"slow": lambda: (calls.append(1), time.sleep(0.03))}, seconds=0.01, threads=1)
+    assert found.rounds == rounds == found.timings["slow"].runs
+    assert len(calls) >= rounds
+
+
 class _WithSteps(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
