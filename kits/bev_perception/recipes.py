@@ -33,7 +33,10 @@ RECIPES = {
             "60 % of the prunable channels gone, distilled",
         ),
         Recipe(
-            "sparse", (DepthStem(), SPARSE), "not timed yet; one epoch of training", "2:4 zeros in every matrix product that can",
+            "sparse",
+            (DepthStem(), SPARSE),
+            "not timed yet; one epoch of training",
+            "2:4 zeros in every matrix product that can",
         ),
         Recipe(
             "whole", (*FOLLOWED, LONGER, DepthStem(), SPARSE, CNN_INT8), "not timed yet; eleven epochs of training",
