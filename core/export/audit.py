@@ -44,8 +44,9 @@ def audit_file(
     quantizes with their activations, `half` those that it puts into FP16. Returns {"operators":
     [{"graph", "operator", "layer", "precision"}], "layers": [{"graph", "layer", "asked", "stored",
     "ran"}] (those with weights: the recipe's precision, that of the weight in the file, and that of
-    the kernel), "summary": {precision: count}, "weighted": {precision: count} (layers with weights
-    only), "warnings": [{"layer", "why"}]}.
+    the kernel, "constant" for a product of constants, which is computed once), "summary" and
+    "weighted": {precision: count} of all operators and of those with weights, "warnings": [{"layer",
+    "why"}]}.
     """
     operators = _onnxruntime(path, layers) if runtime == "onnxruntime" else _openvino(path, layers)
     warnings = _fell_back(operators, layers, quantized) if precision.split("-")[0] != "fp32" else _lowered(operators)
@@ -209,7 +210,7 @@ def _asked(
     for node in layers.weighted():
         layer = layers.layer(node)
         asked = "INT8" if layer in quantized or node.name in in_file else "FP16" if layer in half else "FP32"
-        found = ran.get(node.name, "not found")
+        found = ran.get(node.name) or ("constant" if layers.constant(node) else "not found")
         rows.append({"graph": graph, "layer": layer, "asked": asked, "stored": layers.stored(node), "ran": found})
     return rows
 

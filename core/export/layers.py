@@ -108,6 +108,20 @@ class Layers:
             node, seen = self.producer.get(read[0]) if len(read) == 1 else None, seen + 1
         return node
 
+    def constant(self, node: Any) -> bool:
+        """Whether a node reads constants only, so that a runtime computes it once, when it compiles the graph."""
+        waiting, seen = [node], {node.name}
+        while waiting:
+            for name in waiting.pop().input:
+                before = self.producer.get(name)
+                if before is None:
+                    if name and name not in self.initializers:
+                        return False
+                elif before.name not in seen:
+                    seen.add(before.name)
+                    waiting.append(before)
+        return True
+
     def boolean(self, node: Any) -> bool:
         """Whether a node puts out truth values."""
         while node.op_type in _LAYOUT and node.input[0] in self.producer:

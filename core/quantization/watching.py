@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass
@@ -36,23 +38,28 @@ def watch(model: nn.Module, inputs: tuple[Tensor, ...], kinds: tuple[type[nn.Mod
     """Run `model(*inputs)` in eval mode; what was seen of each module of these types that was called."""
     seen: dict[str, Seen] = {}
     outputs: dict[int, str] = {}
-    alive: list[Any] = []  # keeps every tensor until the end, so that an id is never given twice
+    numbers = WeakTensorKeyDictionary()  # an id is given again once its tensor is gone, a number never
+    fresh = count()
+
+    def number(x: Tensor) -> int:
+        known = numbers.get(x)
+        if known is None:
+            known = numbers[x] = next(fresh)
+        return int(known)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             layer = seen.setdefault(name, Seen())
             if args and isinstance(args[0], Tensor):
-                alive.append(args[0])
-                layer.inputs.append((id(args[0]), args[0]._version))
-                layer.source = outputs.get(id(args[0])) if len(layer.inputs) == 1 else None
+                layer.inputs.append((number(args[0]), args[0]._version))
+                layer.source = outputs.get(number(args[0])) if len(layer.inputs) == 1 else None
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                alive.append(output)
-                outputs[id(output)] = name
+                outputs[number(output)] = name
                 seen[name].ranks.add(output.ndim)
 
         return hook
@@ -62,8 +69,8 @@ def watch(model: nn.Module, inputs: tuple[Tensor, ...], kinds: tuple[type[nn.Mod
             result = func(*args, **(kwargs or {}))
             leaves = pytree.tree_leaves(result)
             if any(isinstance(leaf, Tensor) for leaf in leaves):
-                alive.extend(leaves)
-                for name in {outputs.get(id(a)) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)}:
+                given = {number(a) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+                for name in {outputs.get(n) for n in given}:
                     if name is not None:
                         seen[name].uses.append(getattr(func, "__name__", str(func)))
             return result
@@ -83,6 +90,6 @@ def watch(model: nn.Module, inputs: tuple[Tensor, ...], kinds: tuple[type[nn.Mod
         for module, mode in training.items():
             module.training = mode
     for leaf in pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor) and id(leaf) in outputs:
-            seen[outputs[id(leaf)]].returned = True
+        if isinstance(leaf, Tensor) and number(leaf) in outputs:
+            seen[outputs[number(leaf)]].returned = True
     return seen

@@ -61,7 +61,10 @@ def test_a_mixed_detector_exports_agrees_and_tells_what_ran(tmp_path: Path) -> N
     assert len(convolutions) == 24
     assert {(r["asked"], r["stored"], r["ran"]) for r in convolutions} == {("INT8", "INT8", "INT8")}
     rest = [r for r in audit["layers"] if r["layer"].startswith("pts_bbox_head.transformer")]
-    assert {(r["asked"], r["stored"], r["ran"]) for r in rest} == {("FP16", "FP16", "FP32")}
+    # the learnt queries are constants, and so are the products that read nothing else
+    once = {r["layer"] for r in rest if r["ran"] == "constant"}
+    assert "pts_bbox_head.transformer.reference_points" in once and all(".encoder." not in name for name in once)
+    assert {(r["asked"], r["stored"], r["ran"]) for r in rest if r["layer"] not in once} == {("FP16", "FP16", "FP32")}
     assert any(r["layer"].endswith("attentions.0.attn") for r in rest)
     named = {o["layer"] for o in audit["operators"] if o["operator"] == "GridSample"}
     assert "pts_bbox_head.transformer.encoder.layers.0.attentions.1.deformable_attention" in named
