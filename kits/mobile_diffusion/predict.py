@@ -26,6 +26,7 @@ from core.progress import progress
 from kits.mobile_diffusion.data import captions
 from kits.mobile_diffusion.fidelity import psnr, ssim
 from kits.mobile_diffusion.generate import (
+    LARGEST_SEED,
     Way,
     bar_steps,
     check_guidance,
@@ -49,11 +50,13 @@ _MOST_PROMPTS = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `predict` that are about pictures."""
-    parser.add_argument("--seed", type=int, default=0, help="of every picture (default 0); the same seed, the same one")
-    parser.add_argument("--steps", type=int, help="steps of denoising (default: the model's own)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of every picture (default 0); the same seed, the same one"
+    )
+    parser.add_argument("--steps", type=_at_least_one, help="steps of denoising (default: the model's own)")
     parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt (default: the model's own)")
     parser.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT (default: the model's own)")
-    parser.add_argument("--batch", type=int, default=4, help="pictures at a time (default 4)")
+    parser.add_argument("--batch", type=_at_least_one, default=4, help="pictures at a time (default 4)")
     parser.add_argument(
         "--memory-limit", help="most memory of the whole process, such as 1.5GB: picks a way that fits, or refuses"
     )
@@ -63,6 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--original", type=Path, help="a diffusers folder: a contact sheet shows its pictures beside the model's"
     )
+
+
+def _seed(text: str) -> int:
+    """A seed, refused where it is read: before the model is."""
+    if not text.isdecimal() or int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
 
 
 def check(inputs: Sequence[str]) -> None:
@@ -129,8 +145,6 @@ def predict(
     limit = parse_bytes(options.memory_limit) if options.memory_limit else None
     seeds = check_seeds(options.seed, len(prompts))
     batch = min(options.batch, len(prompts))
-    if batch < 1:
-        raise InputError(f"--batch {options.batch}: expected one picture or more at a time")
     shape = skeleton(source)
     own = source.sampling if isinstance(source, Diffusion) else _sampling(source)
     steps = options.steps if options.steps is not None else int(meta.get("steps", own.steps))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from core.cli import main
 from core.export.diffusers_quantizer import save_packed
 from core.hardware.memory_plan import choose
 from core.kit import InputError
@@ -153,11 +154,8 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (["--seed", "-1"], "seed -1"),
-        (["--steps", "0"], "steps 0"),
         (["--size", "100"], "the nearest is 96"),
         (["--guidance", "-2"], "guidance -2"),
-        (["--batch", "0"], "--batch 0"),
         (["--memory-limit", "lots"], "memory limit 'lots'"),
         (["--lora", "none.safetensors"], "no such file"),
     ],
@@ -167,6 +165,18 @@ def test_refused_in_one_line(model: Diffusion, tmp_path: Path, given: list[str],
         predict(model, [PROMPT], {}, tmp_path / "out", options(*given))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["--seed -1", "--seed 9223372036854775808", "--steps 0", "--steps x", "--batch 0"])
+def test_numbers_are_refused_before_any_model_is_read(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITKIT_CACHE", str(tmp_path / "cache"))
+    assert main(["predict", "mobile_diffusion", PROMPT, *given.split(), "--out", str(tmp_path / "out")]) == 2
+    option, value = given.split()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("fitkit: ") and option in line and value in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
