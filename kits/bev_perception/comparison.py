@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from core.pruning import sparse_utilization
 from core.pruning.parts import output_channels
 from core.report import read_json
 from core.weights import load_weights
-from kits.bev_perception.acceptance import RATE_HZ, observed, verdict
+from kits.bev_perception.acceptance import RATE_HZ, verdict
+from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe
-from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.prune import channels_removed
 
+Watch = Callable[[nn.Module, Sequence[Keyframe], str], Mapping[str, Boxes]]
 SECONDS = {"smoke": 4.0, "full": 30.0}
 
 
@@ -37,10 +38,12 @@ def compare(
     artifact: Any,
     preset: str,
     steps: Path,
+    watch: Watch,
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """Figures that need both models, and a table of the scores by group of frames.
 
-    `steps` is the folder of the steps' checkpoints, from which the compressed network is built once more.
+    `steps` is the folder of the steps' checkpoints, from which the compressed network is built once more;
+    `watch` gives what a variant finds in the samples, by token.
     """
     origin = origin_of(compressed)
     assert origin is not None  # the run compares what it exported
@@ -48,7 +51,7 @@ def compare(
     twin = next(v.name for v in artifact.variants.values() if v.runtime == variant.runtime and v.precision == "fp32")
     figures = _latency(kit, artifact, twin, variant.name, samples, preset)
     figures |= _compute(kit, original, artifact, steps)
-    more, table = _groups(artifact, twin, variant.name, samples)
+    more, table = _groups(watch, artifact, twin, variant.name, samples)
     return figures | more, [table]
 
 
@@ -100,11 +103,13 @@ def _compute(kit: Kit, original: nn.Module, artifact: Any, steps: Path) -> Figur
     return found
 
 
-def _groups(artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe]) -> tuple[Figures, dict[str, Any]]:
+def _groups(
+    watch: Watch, artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe]
+) -> tuple[Figures, dict[str, Any]]:
     """Losses by day, by night and after sudden obstacles, both variants over the same frames."""
     threshold = artifact.meta["threshold"]
     judged = {
-        name: verdict(samples, observed(artifact.as_module(name, 2), samples, NANO, f"comparing, {name}"), threshold)
+        name: verdict(samples, watch(artifact.as_module(name, 2), samples, f"comparing, {name}"), threshold)
         for name in (twin, variant)
     }
     values: Mapping[str, Mapping[str, tuple[float, str]]] = {name: v.figures() for name, v in judged.items()}
@@ -130,7 +135,7 @@ def _groups(artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe])
         "title": "By day, by night, and within 2 s of a sudden obstacle",
         "columns": ["frames", "number", f"NDS {twin}", f"NDS {variant}", f"mAP {twin}", f"mAP {variant}"],
         "rows": rows,
-        "note": f"generated streets; {len(sudden.delays)} sudden obstacles, found within 0.5 s: "
+        "note": f"{len(sudden.delays)} sudden obstacles, found within 0.5 s: "
         f"{sudden.found} with {twin}, {judged[variant].sudden.found} with {variant}",
     }
     return figures, table

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.compress import compress, history, replay
 from core.evaluation.measure import device, runtime_title
 from core.export import RUNTIMES, export
+from core.export.artifact import origin_of
 from core.figures import Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
@@ -65,6 +66,7 @@ class BevPerception:
 
     def __init__(self, model: BEVFormer | None = None) -> None:
         self._model = model
+        self._seen: dict[tuple[str, str, tuple[str, ...]], dict[str, Boxes]] = {}
 
     def of(self, model: nn.Module) -> Kit:
         """The kit whose batches remember with this model."""
@@ -96,17 +98,17 @@ class BevPerception:
         return found if preset == "full" else found[:24]
 
     def _split(self, data: Path, split: str) -> str:
-        """The folder's name for a split: nuScenes has no third one, "test" is then "val"."""
+        """The folder's name for a split: nuScenes has no third one, "test" is then "val"; never is one "train" too."""
         known = _folder(data).splits
         for name in (split, f"mini_{split}"):
             if known.get(name):
                 return name
         if split in ("test", "val") and any(known.get(n) for n in ("val", "mini_val")):
             return "val" if known.get("val") else "mini_val"
-        if split in ("train", "val", "test"):
-            # a folder of one drive: all there is, which is said in the report's split
-            return "all"
-        raise InputError(f"{data}: no split {split!r}; use train, val or test, or name it in splits.json")
+        raise InputError(
+            f"{data}: no split {split!r}; name its scenes in splits.json, apart from those of the others"
+            " (predict needs none; evaluate takes --split all)"
+        )
 
     def batches(self, samples: Sequence[Keyframe], batch_size: int, *, train: bool, seed: int = 0) -> Iterable[Batch]:
         """Keyframes with the frames before them; with `train` in any order and varied."""
@@ -159,24 +161,31 @@ class BevPerception:
         if data is not None and self._split(data, "val") == self._split(data, "test"):
             return self.shipped()[1]
         samples = self.dataset(data, "val", preset)
-        threshold = freeze_threshold(samples, self._predictions(module, samples, "validating"))
+        threshold = freeze_threshold(samples, self.predictions(module, samples, "validating"))
         return {"threshold": threshold, "frozen_on": f"{len(samples)} validation frames"}
 
-    def _predictions(self, module: nn.Module, samples: Sequence[Keyframe], label: str) -> dict[str, Boxes]:
-        return observed(module, samples, CONFIG, label)
+    def predictions(self, module: nn.Module, samples: Sequence[Keyframe], label: str) -> dict[str, Boxes]:
+        """What a detector finds in keyframes, by token; an artifact's variant watches the same frames only once."""
+        origin = origin_of(module)
+        if origin is None:
+            return observed(module, samples, CONFIG, label)
+        key = (origin.artifact.sha256, origin.variant, tuple(sample.token for sample in samples))
+        if key not in self._seen:
+            self._seen[key] = observed(module, samples, CONFIG, label)
+        return self._seen[key]
 
     def score(
         self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]
     ) -> dict[str, tuple[float, str]]:
         """NDS and its parts, by day, by night and after events, and the recall of sudden obstacles."""
-        found = self._predictions(module, samples, "watching")
+        found = self.predictions(module, samples, "watching")
         return verdict(samples, found, meta["threshold"]).figures()
 
     def evaluate(
         self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any], out: Path
     ) -> dict[str, Any]:
         """Metrics in `metrics.json`; the devkit's own file in `predictions/results_nusc.json`."""
-        found = self._predictions(module, samples, "watching")
+        found = self.predictions(module, samples, "watching")
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         write_results(out / "predictions" / "results_nusc.json", found)
         result = verdict(samples, found, meta["threshold"]).to_json()
@@ -211,7 +220,7 @@ class BevPerception:
         artifact.describe(kit.freeze(artifact.as_module("int8-openvino", threads=2), data, preset))
         figures, scores = Figures(), {}
         for name in artifact.variants:
-            found = kit._predictions(artifact.as_module(name, threads=2), sets["test"], f"watching, {name}")
+            found = kit.predictions(artifact.as_module(name, threads=2), sets["test"], f"watching, {name}")
             judged = verdict(sets["test"], found, artifact.meta["threshold"])
             scores[name] = judged.to_json()
             basis = Measured(device(), runtime_title(artifact, name, 2), len(sets["test"]), None, artifact.sha256,
@@ -224,7 +233,8 @@ class BevPerception:
             "parameters": sum(p.numel() for p in fp32.parameters()),
             "seconds": round(seconds),
             "device": device(),
-            "preset": preset,
+            "seed": training.SCHEDULES[preset].seed,
+            "command": f"fitkit train bev_perception {'--data DIR ' if data else ''}--preset {preset}",
         }
         write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
         return figures
@@ -270,7 +280,7 @@ class BevPerception:
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """Latency in the same runtime, channels, sparsity, compute, and losses by day, by night and after events."""
-        return compare(self, original, compressed, samples, artifact, preset, out.parent / "steps")
+        return compare(self, original, compressed, samples, artifact, preset, out.parent / "steps", self.predictions)
 
     def pictures(self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Frames by day and by night with what was found and what was there."""

@@ -12,14 +12,10 @@ from kits.bev_perception.stem import DepthStem
 TRANSFORMER = ("pts_bbox_head.*",)
 """What stays float: attention, geometry, norms and heads, as the field does."""
 
-CNN_INT8 = Quantize(
-    samples=64, calibration="mse", reduce_range=True, quantize_outputs=True, keep=TRANSFORMER
-)  # fmt: skip
-"""7-bit weights: 8-bit ones saturate where a processor lacks VNNI."""
+CNN_INT8 = Quantize(samples=64, calibration="mse", reduce_range=True, keep=TRANSFORMER)
+"""7-bit weights: 8-bit ones saturate where a processor lacks VNNI. OpenVINO needs no output quantizers for INT8."""
 
-FOLLOWED = tuple(
-    step for prune in prune_steps(0.6) for step in (prune, FollowOriginal(epochs=1, lr=3e-4))
-)  # fmt: skip
+FOLLOWED = tuple(step for prune in prune_steps(0.6) for step in (prune, FollowOriginal(epochs=1, lr=3e-4)))
 """Backbone, feed-forward, values, heads: a distillation after each."""
 LONGER = FollowOriginal(epochs=6, lr=4e-4)
 SPARSE = Sparsify(epochs=1, lr=1e-4, batch_size=2)
@@ -27,7 +23,12 @@ SPARSE = Sparsify(epochs=1, lr=1e-4, batch_size=2)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("mixed", (CNN_INT8,), "a minute", "INT8 in the backbone and its neck, the transformer float"),
+        Recipe(
+            "mixed",
+            (CNN_INT8,),
+            "calibration on 64 frames, not timed yet",
+            "INT8 in the backbone and its neck, the transformer float",
+        ),
         Recipe(
             "pruned", (*FOLLOWED, LONGER), "not timed yet; ten epochs of training, so plan for two hours",
             "60 % of the prunable channels gone, distilled",

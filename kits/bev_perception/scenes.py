@@ -64,7 +64,7 @@ def watch(module: nn.Module, samples: Sequence[Keyframe], config: Config | None 
     for run in in_scenes(samples):
         state, begun = BevState(config, device=device), False
         for keyframe in run:
-            with _eval(module):
+            with _evaluating(module):
                 seen = _look(module, keyframe, config, state, begun)
             begun |= not seen.left_out
             yield seen
@@ -125,7 +125,7 @@ def _finite(cls_scores: Tensor, bbox_preds: Tensor, config: Config) -> tuple[Det
 
 
 @contextmanager
-def _eval(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """The module in eval mode, and then every part of it as it was."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

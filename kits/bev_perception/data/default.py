@@ -36,7 +36,7 @@ Scenes are 10 s at 2 Hz ("smoke": 3 s), by day and by night in turns; in "val" a
 def default_set(split: str, preset: str) -> Path:
     """The folder of a split, the same on every machine; made where it is not there yet.
 
-    On two idle cores "smoke" takes half a minute in all; of "full" the training split takes ten minutes.
+    A frame of "full" takes about half a second on two idle cores.
     """
     if split not in SETS[preset]:
         raise InputError(f"split {split!r}: the generated set has {', '.join(SETS[preset])}")

@@ -21,6 +21,7 @@ from kits.bev_perception.data.recordings import Views
 from kits.bev_perception.model.configs import CAMERAS, Config
 from kits.bev_perception.model.learner import Batch, View
 from kits.bev_perception.model.loss import Truth
+from kits.bev_perception.scenes import network_images
 
 MIRRORED = (0, 2, 1, 3, 5, 4)
 """Which camera a mirrored one stands for, in the order of `configs.CAMERAS`."""
@@ -122,7 +123,6 @@ def boxes_of(shots: Sequence[Shot], config: Config) -> list[Truth]:
 def collate(shots: Sequence[Shot], config: Config) -> tuple[View, list[Truth]]:
     """A batch of shots as the detector takes it, and its boxes."""
     images, matrices, motions, known, masks = [], [], [], [], []
-    mean, std = config.images.mean, config.images.std
     for shot in shots:
         _, can_bus = _known(shot.keyframe, config.pc_range)
         before = _known(shot.before, config.pc_range)[1] if shot.before is not None else None
@@ -130,13 +130,13 @@ def collate(shots: Sequence[Shot], config: Config) -> tuple[View, list[Truth]]:
         mirror, turn = _flip(varied), _turn(varied)
         seen, matrix = _pictures(views, varied)
         order = MIRRORED if varied.mirror else range(len(CAMERAS))
-        images.append(Views(seen, views.inner, matrix, {}).normalised(mean, std)[list(order)])
+        images.append(network_images(Views(seen, views.inner, matrix, {}), config)[0, list(order)])
         matrices.append((matrix @ mirror @ turn.T)[list(order)])
         motions.append(_motion(can_bus, before, varied, config))
         known.append(float(before is not None))
         masks.append([float(CAMERAS[i] not in views.missing) for i in order])
     view = View(
-        torch.from_numpy(np.stack(images)),
+        torch.stack(images),
         torch.from_numpy(np.stack(matrices)).float(),
         torch.from_numpy(np.stack(motions)).float(),
         torch.tensor(known),

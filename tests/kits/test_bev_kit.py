@@ -1,0 +1,92 @@
+"""The kit on a small folder, with random weights: splits, batches, loss, scores and what evaluate leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.kit import InputError
+from core.weights import save_weights
+from kits.bev_perception.card import write_card
+from kits.bev_perception.data.world import generate_world
+from kits.bev_perception.kit import CONFIG, BevPerception
+from kits.bev_perception.metrics.results import read_results
+from kits.bev_perception.model.detector import BEVFormer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world") / "set"
+    return generate_world(root, 2, 4, samples=3, size=(96, 54), paired="none", val_share=0.5, supersample=1,
+                          workers=1, lidar_sweeps=False, quiet=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kit() -> BevPerception:
+    torch.manual_seed(0)
+    return BevPerception(BEVFormer(CONFIG).eval())
+
+
+def test_train_and_report_never_share_a_frame(kit: BevPerception, folder: Path) -> None:
+    train, val, test = (kit.dataset(folder, name) for name in ("train", "val", "test"))
+    assert val == test, "a folder without a test split is judged on val"
+    assert not {s.token for s in train} & {s.token for s in test}
+    assert len(train) == len(test) == 3
+
+
+def test_a_folder_without_splits_is_not_split_by_guess(kit: BevPerception, tmp_path: Path) -> None:
+    whole = generate_world(tmp_path / "set", 1, 4, samples=2, size=(96, 54), supersample=1, workers=1,
+                           lidar_sweeps=False, quiet=True, val_share=0.0)  # fmt: skip
+    (whole / "v1.0-mini" / "splits.json").unlink()
+    (whole / "v1.0-mini").rename(whole / "v2.0-own")
+    for name in ("train", "val", "test"):
+        with pytest.raises(InputError, match="splits.json"):
+            kit.dataset(whole, name)
+    assert len(kit.dataset(whole, "all")) == 2
+
+
+def test_batches_go_through_network_and_loss(kit: BevPerception, folder: Path) -> None:
+    samples, model = kit.dataset(folder, "train"), kit._own()
+    batch = next(iter(kit.batches(samples, 2, train=False)))
+    inputs = kit.inputs(batch)
+    assert [tuple(t.shape) for t in inputs[:3]] == [(2, 6, 3, 160, 288), (2, 6, 4, 4), (2, 18)]
+    assert batch.view.has_prev.tolist() == [0.0, 1.0]
+    assert float(inputs[3][1].abs().sum()) > 0, "the second frame remembers the first"
+    scores, codes, bev = model(*inputs)
+    assert scores.shape == (2, CONFIG.num_query, 10) and codes.shape == (2, CONFIG.num_query, 10)
+    assert bev.shape == inputs[3].shape
+    assert torch.isfinite(kit.loss(model, batch))
+
+
+def test_evaluate_leaves_what_the_devkit_reads(kit: BevPerception, folder: Path, tmp_path: Path) -> None:
+    samples = kit.dataset(folder, "test")
+    metrics = kit.evaluate(kit._own(), samples, {"threshold": 0.3}, tmp_path)
+    found, _ = read_results(tmp_path / "predictions" / "results_nusc.json", [s.token for s in samples])
+    assert list(found) == [s.token for s in samples]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    scored = kit.score(kit._own(), samples, {"threshold": 0.3})
+    assert metrics["nds"] == pytest.approx(scored["nds"][0])
+    assert 0 <= metrics["map"] < 5, "random weights find next to nothing"
+
+
+def test_weights_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fitkit train bev_perception"):
+        BevPerception().model(tmp_path)
+
+
+def test_the_card_says_what_a_card_must(kit: BevPerception, folder: Path, tmp_path: Path) -> None:
+    for name in ("fp32", "int8"):
+        save_weights(torch.nn.Linear(1, 1), tmp_path / f"{name}.safetensors")
+    scores = {"fp32-openvino": kit.evaluate(kit._own(), kit.dataset(folder, "test"), {"threshold": 0.3}, tmp_path)}
+    about = {
+        "data": "the folder given", "frames": {"train": 3, "val": 3, "test": 3}, "parameters": 2, "seconds": 60,
+        "device": "a machine", "seed": 0, "command": "fitkit train",
+    }  # fmt: skip
+    write_card(tmp_path, [], 0.3, scores, about)
+    text = (tmp_path / "README.md").read_text()
+    for word in ("fp32.safetensors", "int8.safetensors", "Licence", "Seed", "Data", "Limits"):
+        assert word in text
+    assert json.loads((tmp_path / "card.json").read_text())["threshold"] == 0.3
