@@ -239,10 +239,15 @@ class Run:
             )
             figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())
         if all(self.kit.headline in scores[name] for name in chosen.values()):
-            before, after = (scores[name][self.kit.headline][0] for name in chosen.values())
+            had, has = (scores[name][self.kit.headline][0] for name in chosen.values())
             both = " minus ".join(runtime_title(artifact, name) for name in chosen.values())
             basis = Measured(device(), both, samples, None, artifact.sha256, note=f"{self.kit.headline}, split {split}")
-            figures |= Figures([Figure("accuracy_loss", before - after, "points", basis)])
+            figures |= Figures([Figure("accuracy_loss", had - has, "points", basis)])
+        before, after = chosen["original"], chosen["compressed"]
+        pair = next(r for r in timing["ratios"] if r["of"] == before and r["over"] == after)
+        title = f"{runtime_title(artifact, after, THREADS)}, end to end, in turns with {before}"
+        basis = Measured(device(), title, times[after]["runs"], (pair["high"] - pair["low"]) / 2, artifact.sha256)
+        figures |= Figures([Figure("speedup", pair["value"], "x", basis)])
         best = timing["recommended"]
         best_title = f"{runtime_title(artifact, best, THREADS)}, end to end"
         faster = f"the faster {precisions['original'].upper()} export"

@@ -26,6 +26,8 @@ CONFIDENCE = 0.95
 LEAST_ROUNDS = 5
 # after so many seconds two rounds are enough: a picture of a large model takes minutes, and a user waits for it
 PATIENCE = 600.0
+# a callable is warm after so many seconds, however few calls they were
+WARM = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ def bench(
 ) -> Bench:
     """Time callables in turns (A B, then B A, and so on) for `runs` rounds or about `seconds` seconds.
 
-    A single callable is named "it". Each is first called `warmup` times. `threads` pins torch to that
-    many threads and this process to that many cores; a runtime's own threads are set where its module
-    is made (`Artifact.as_module`). Give `runs` or `seconds`, not both. A bar shows when it takes over ten seconds.
+    A single callable is named "it". Each is first called `warmup` times, or until that has taken ten seconds.
+    `threads` pins torch to that many threads and this process to that many cores; a runtime's own threads are set where
+    its module is made (`Artifact.as_module`). Give `runs` or `seconds`, not both. A bar shows when it takes over ten seconds.
     """
     named = dict(callables) if isinstance(callables, Mapping) else {"it": callables}
     if not named:
@@ -97,15 +99,22 @@ def bench(
     if (runs is not None and runs < 1) or (seconds is not None and seconds <= 0):
         raise InputError(f"bench: runs {runs}, seconds {seconds}; expected a number above 0")
     with pinned(threads):
-        for _ in range(warmup):
-            for run in named.values():
-                run()
+        for run in named.values():
+            _warm(run, warmup)
         with _collector_off():
             times = _rounds(list(named.values()), runs, seconds, label)
     timings = {name: _timing(name, times[i]) for i, name in enumerate(named)}
     order = {name: i for i, name in enumerate(named)}
     ratios = {(a, b): _ratio(times[order[a]] / times[order[b]]) for a, b in permutations(named, 2)}
     return Bench(timings, ratios, times.shape[1], threads)
+
+
+def _warm(run: Callable[[], Any], calls: int) -> None:
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+        if time.perf_counter() - started > WARM:
+            break
 
 
 def _rounds(

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from core.evaluation.bench import bench
 from core.evaluation.measure import device, runtime_title
 from core.export.artifact import origin_of
 from core.figures import Estimated, Figure, Figures, Measured
@@ -29,7 +28,6 @@ from kits.mobile_diffusion.predict import contact_sheet
 
 COMPARED = {"smoke": 16, "full": 200}
 """Pictures that are compared one by one; FID needs more than twice the 96 channels of the autoencoder."""
-SECONDS = {"smoke": 4.0, "full": 20.0}
 
 
 def judged(model: Diffusion, samples: Sequence[Any]) -> bool:
@@ -70,7 +68,7 @@ def compare(
     title = runtime_title(artifact, variant, 2)
     basis = Measured(device(), title, len(few), None, artifact.sha256, note="the original's pictures, same seeds")
     figures, tables = _fidelity(original, compressed, few, basis)
-    figures |= _ratios(kit, original, compressed, few, artifact, preset)
+    figures |= _size_ratio(original, compressed, artifact)
     figures |= _on_phone(kit, original, "original") | _on_phone(kit, compressed, "compressed")
     return figures, [*tables, _bytes_table(original, compressed)]
 
@@ -115,30 +113,11 @@ def _fidelity(
     return figures, tables
 
 
-def _ratios(
-    kit: Kit, original: Diffusion, compressed: Diffusion, prompts: Sequence[Prompt], artifact: Any, preset: str
-) -> Figures:
-    """Speed in turns in one run, and bytes against FP32."""
-    variant = _variant(compressed)
-    runs = {"original": kit.pipeline(original, prompts), "compressed": kit.pipeline(compressed, prompts)}
-    timed = bench(runs, seconds=SECONDS[preset], threads=2, label="original and compressed in turns")
-    ratio = timed.ratios["original", "compressed"]
-    where = Measured(
-        device(),
-        f"{runtime_title(artifact, variant, 2)} in turns with the original in FP32",
-        timed.timings["compressed"].runs,
-        (ratio.high - ratio.low) / 2,
-        artifact.sha256,
-        note=f"a whole picture: {original.sampling.steps} steps against {compressed.sampling.steps}",
-    )
+def _size_ratio(original: Diffusion, compressed: Diffusion, artifact: Any) -> Figures:
+    """Bytes on disk against FP32."""
     full = sum(p.numel() for p in original.parameters()) * 4
     stored = Measured(device(), "files", 1, 0.0, artifact.sha256, note="against 4 bytes a parameter of the original")
-    return Figures(
-        [
-            Figure("speedup", ratio.value, "x", where),
-            Figure("size_ratio", artifact.size_bytes(variant) / full, "", stored),
-        ]
-    )
+    return Figures([Figure("size_ratio", artifact.size_bytes(_variant(compressed)) / full, "", stored)])
 
 
 def _on_phone(kit: Kit, model: Diffusion, stage: Any) -> Figures:

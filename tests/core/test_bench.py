@@ -46,6 +46,14 @@ def test_what_takes_long_is_timed_less_often(monkeypatch: pytest.MonkeyPatch, pa
     assert len(calls) >= rounds
 
 
+def test_what_takes_long_is_warm_after_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["core.evaluation.bench"], "WARM", 0.02)
+    slow: list[int] = []
+    quick: list[int] = []
+    bench({"slow": lambda: (slow.append(1), time.sleep(0.03)), "quick": lambda: quick.append(1)}, warmup=3, runs=1)
+    assert (len(slow), len(quick)) == (2, 4)
+
+
 class _WithSteps(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from tests.core.toy import KIT, TWO_GRAPHS, ToyKit
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = {"peak": 120.0, "before": 100.0}
-TIMED = {"fps", "end_to_end_p50", "end_to_end_p99", "latency_p50", "latency_p99", "speedup_slow"}
+TIMED = {"fps", "end_to_end_p50", "end_to_end_p99", "latency_p50", "latency_p99", "speedup", "speedup_slow"}
 STAGES = ("steps", "export", "scores", "timing", "compare", "ledger", "report")
 
 
@@ -174,6 +174,18 @@ def test_baseline_is_compared_in_the_same_rounds(out: Path, report: Report) -> N
     assert figure is not None and figure.value > 3
     ratio = next(r for r in timing["ratios"] if r["of"] == "slow-fp32-torch" and r["over"] == timing["recommended"])
     assert figure.value == ratio["value"] and "in turns with slow-fp32-torch" in measured(figure).runtime
+
+
+def test_speed_against_the_original_is_of_the_compressed_variant(out: Path, report: Report) -> None:
+    artifact = Artifact.open(out / "artifact")
+    timing = json.loads((out / "stage-timing.json").read_text())
+    figure = report.figures.find("speedup")
+    assert figure is not None
+    after = variant_of(artifact, measured(figure))
+    before = measured(figure).runtime.rpartition(" ")[2]
+    assert artifact.variant(after).precision == "int8" and artifact.variant(before).precision == "fp32"
+    ratio = next(r for r in timing["ratios"] if r["of"] == before and r["over"] == after)
+    assert figure.value == ratio["value"] and measured(figure).spread == (ratio["high"] - ratio["low"]) / 2
 
 
 def test_estimates_stay_beside_measurements(report: Report) -> None:
@@ -366,7 +378,7 @@ def run_and_die(stage: str, out: Path) -> None:
     elif stage == "compare":
         patch.setattr(ToyKit, "compare", die)
     else:
-        patch.setattr(core.run, {"timing": "measure", "report": "judge"}[stage], die)
+        patch.setattr(core.run, {"timing": "measure", "ledger": "ledger", "report": "judge"}[stage], die)
     a_run(out, resume=True)()
 
 

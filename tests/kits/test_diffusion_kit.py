@@ -117,7 +117,6 @@ def test_a_run_of_random_weights_ends_in_a_report(
     kit = MobileDiffusion()
     monkeypatch.setattr(core.kit, "load", lambda name: kit)
     monkeypatch.setattr(core.run, "SECONDS", {"smoke": 0.2})
-    monkeypatch.setattr("kits.mobile_diffusion.comparison.SECONDS", {"smoke": 0.2})
     monkeypatch.setattr(sys.modules["core.evaluation.measure"], "_memory", lambda *given: {"peak": 2.0, "before": 1.0})
     real = core.run.measure
     monkeypatch.setattr(core.run, "measure", lambda artifact, **named: real(artifact, **{**named, "seconds": 0.1}))
