@@ -24,7 +24,7 @@ from core.hardware import Target, estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix
 from core.kit import InputError, Kit, Recipe
 from core.ledger import ledger
-from core.quantization import layer_sqnr, packed_layers, quant_layers, unquantized
+from core.quantization import half_layers, layer_sqnr, packed_layers, quant_layers, unquantized
 from core.report import Report, judge, read_json
 
 THREADS = min(2, len(available_cores()))
@@ -355,6 +355,8 @@ def _bits_name(model: nn.Module) -> str:
         for q in quant_layers(model).values()
     }
     if not found:
+        if half_layers(model):
+            return "fp16"
         floats = {p.dtype for p in model.parameters()}
         return "fp16" if floats == {torch.float16} else "bf16" if floats == {torch.bfloat16} else "fp32"
     weight, inputs = found.pop()
@@ -363,17 +365,20 @@ def _bits_name(model: nn.Module) -> str:
 
 def _precision(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
     """({layer: data type}, {layer: bits of its weights}) of a model; layers that no step quantized are FP32."""
-    quantized, packed = quant_layers(model), packed_layers(model)
-    layers = {"*": "int8" if quantized else "fp16" if packed else "fp32"}
+    quantized, packed, halves = quant_layers(model), packed_layers(model), set(half_layers(model))
+    # "*" is what stands between the layers
+    layers = {"*": "fp16" if packed or halves else "int8" if quantized else "fp32"}
     for name, module in model.named_modules():
         if name in quantized:
             inputs, weight = quantized[name].input_quantizer, quantized[name].weight_quantizer
             wide = max(inputs.scheme.bits, weight.scheme.bits) if inputs is not None else 32
             layers[name] = "int4" if wide <= 4 else "int8" if wide <= 8 else "fp32"
+        elif name in halves:
+            layers[name] = "fp16"
         elif isinstance(module, Matrix):
             # packed weights are multiplied as floats, in FP16 where the device has it
             layers[name] = "fp16" if packed else "fp32"
-    bits = {name: q.weight_quantizer.scheme.bits for name, q in quantized.items()}
+    bits = {name: q.weight_quantizer.scheme.bits for name, q in quantized.items()} | dict.fromkeys(halves, 16)
     return layers, bits | {name: layer.bits for name, layer in packed.items()}
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from core.kit import InputError
-from core.progress import progress
+from core.progress import Bar, progress
 
 RESAMPLES = 400
 CONFIDENCE = 0.95
@@ -89,7 +89,8 @@ def bench(
 
     A single callable is named "it". Each is first called `warmup` times, or until that has taken ten seconds.
     `threads` pins torch to that many threads and this process to that many cores; a runtime's own threads are set where
-    its module is made (`Artifact.as_module`). Give `runs` or `seconds`, not both. A bar shows when it takes over ten seconds.
+    its module is made (`Artifact.as_module`). Give `runs` or `seconds`, not both. A bar shows when it takes over ten
+    seconds.
     """
     named = dict(callables) if isinstance(callables, Mapping) else {"it": callables}
     if not named:
@@ -99,37 +100,43 @@ def bench(
     if (runs is not None and runs < 1) or (seconds is not None and seconds <= 0):
         raise InputError(f"bench: runs {runs}, seconds {seconds}; expected a number above 0")
     with pinned(threads):
-        for run in named.values():
-            _warm(run, warmup)
+        slow = _warm(named, warmup, label)
         with _collector_off():
-            times = _rounds(list(named.values()), runs, seconds, label)
+            times = _rounds(named, runs, seconds, label, slow)
     timings = {name: _timing(name, times[i]) for i, name in enumerate(named)}
     order = {name: i for i, name in enumerate(named)}
     ratios = {(a, b): _ratio(times[order[a]] / times[order[b]]) for a, b in permutations(named, 2)}
     return Bench(timings, ratios, times.shape[1], threads)
 
 
-def _warm(run: Callable[[], Any], calls: int) -> None:
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-        if time.perf_counter() - started > WARM:
-            break
+def _warm(named: Mapping[str, Callable[[], Any]], calls: int, label: str) -> bool:
+    """Call each until it is warm; tells whether that took so long that a bar does no harm to the timing."""
+    began = time.perf_counter()
+    with progress(f"{label}: warming up", calls * len(named)) as bar:
+        for name, run in named.items():
+            started = time.perf_counter()
+            for call in range(calls):
+                run()
+                enough = time.perf_counter() - started > WARM
+                bar.advance(name, calls - call if enough else 1)
+                if enough:
+                    break
+    return time.perf_counter() - began > WARM
 
 
 def _rounds(
-    runs_of: list[Callable[[], Any]], runs: int | None, seconds: float | None, label: str
+    named: Mapping[str, Callable[[], Any]], runs: int | None, seconds: float | None, label: str, slow: bool
 ) -> NDArray[np.float64]:
-    """Times in seconds, [callables, rounds]."""
+    """Times in seconds, [callables, rounds]; a bar where it takes long."""
     started = time.perf_counter()
-    rows = [_one_round(runs_of, False)]
+    with progress(f"{label}: first round", len(named), quiet=not slow) as bar:
+        rows = [_one_round(named, False, bar)]
     round_time = time.perf_counter() - started
     least = min(LEAST_ROUNDS, max(2, math.ceil(PATIENCE / max(round_time, 1e-9))))
     expected = runs if runs is not None else max(least, int((seconds or 0.0) / max(round_time, 1e-9)))
-    with progress(label, expected, done=1, quiet=expected * round_time < 10) as bar:
+    with progress(label, expected * len(named), done=len(named), quiet=expected * round_time < 10) as bar:
         while len(rows) < runs if runs is not None else _time_left(len(rows), started, seconds or 0.0):
-            rows.append(_one_round(runs_of, len(rows) % 2 == 1))
-            bar.advance()
+            rows.append(_one_round(named, len(rows) % 2 == 1, bar))
     return np.array(rows, dtype=np.float64).T
 
 
@@ -138,14 +145,15 @@ def _time_left(done: int, started: float, seconds: float) -> bool:
     return done < (LEAST_ROUNDS if spent < PATIENCE else 2) or spent < seconds
 
 
-def _one_round(runs_of: list[Callable[[], Any]], backwards: bool) -> list[float]:
+def _one_round(named: Mapping[str, Callable[[], Any]], backwards: bool, bar: Bar) -> list[float]:
     # the order turns each round: what one leaves behind in the caches falls on every one alike
-    times = [0.0] * len(runs_of)
-    for i in reversed(range(len(runs_of))) if backwards else range(len(runs_of)):
+    times = dict.fromkeys(named, 0.0)
+    for name in reversed(list(named)) if backwards else named:
         begin = time.perf_counter()
-        runs_of[i]()
-        times[i] = time.perf_counter() - begin
-    return times
+        named[name]()
+        times[name] = time.perf_counter() - begin
+        bar.advance(name)
+    return list(times.values())
 
 
 def _timing(name: str, seconds: NDArray[np.float64]) -> Timing:

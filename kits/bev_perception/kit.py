@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
@@ -43,7 +43,7 @@ from kits.bev_perception.pictures.frame import scene_strip
 from kits.bev_perception.predict import add_arguments, check, predict
 from kits.bev_perception.prune import coupled
 from kits.bev_perception.recipes import DEFAULT, RECIPES
-from kits.bev_perception.scenes import network_images
+from kits.bev_perception.scenes import network_images, recorded
 
 WEIGHTS = Path(__file__).parent / "weights"
 CONFIG = NANO
@@ -129,6 +129,12 @@ class BevPerception:
         view = batch.view
         memory = Learner(self._own()).remember(batch)
         return view.images, view.lidar2img, view.can_bus, memory, view.has_prev, view.camera_mask
+
+    def stream(
+        self, samples: Sequence[Keyframe], count: int, seed: int
+    ) -> Generator[tuple[Tensor, ...], tuple[Tensor, ...], None]:
+        """The detector's inputs along scenes, with the memory that it sends back: see `scenes.recorded`."""
+        return recorded(samples, count, seed, CONFIG)
 
     def _own(self) -> BEVFormer:
         if self._model is None:

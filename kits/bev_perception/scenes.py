@@ -6,7 +6,7 @@ The detector is any module that is called as `BEVFormer.forward` is, a network i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,6 +23,9 @@ from kits.bev_perception.metrics.results import with_attributes
 from kits.bev_perception.model.boxes import Detections, detections
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.state import BevState
+
+RUN = 8
+"""Keyframes that follow each other where a few are to stand for many, as in calibration."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,25 @@ def watch(module: nn.Module, samples: Sequence[Keyframe], config: Config | None 
                 seen = _look(module, keyframe, config, state, begun)
             begun |= not seen.left_out
             yield seen
+
+
+def recorded(
+    samples: Sequence[Keyframe], count: int, seed: int, config: Config
+) -> Generator[tuple[Tensor, ...], tuple[Tensor, ...], None]:
+    """The detector's inputs for `count` keyframes in runs of `RUN` that follow each other, each from a drawn place.
+
+    What the detector returned for them is to be sent back: its memory is that of the next frame.
+    """
+    rng, runs = np.random.default_rng(seed), in_scenes(samples)
+    for _ in range(-(-count // RUN)):
+        run = runs[int(rng.integers(len(runs)))]
+        first = int(rng.integers(max(1, len(run) - RUN + 1)))
+        state = BevState(config)
+        for keyframe in run[first : first + RUN]:
+            views = keyframe.views(config.images)
+            step = state.step(keyframe.frame(views))
+            found = yield network_images(views, config), torch.from_numpy(views.lidar2img).float()[None], *step.inputs
+            state.keep(found[2])
 
 
 def predictions(seen: Iterable[Seen]) -> dict[str, Boxes]:

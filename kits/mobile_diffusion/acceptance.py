@@ -36,16 +36,23 @@ GATES: tuple[Gate, ...] = (
 )  # fmt: skip
 
 
-def pictures(model: Diffusion, prompts: Sequence[Prompt], label: str = "drawing") -> list[NDArray[np.uint8]]:
-    """A picture (H, W, 3) for every prompt, with the steps and the guidance that the model comes with."""
+def steps_of(model: Diffusion, prompts: Sequence[Any]) -> int:
+    """Steps of a picture: the model's own, or those of a short trial where the model can take fewer."""
     how = model.sampling
-    with progress(label, bar_steps(model, len(prompts), how.steps, BATCH)) as bar:
+    most = min((p.steps for p in prompts if p.steps is not None), default=how.steps)
+    return how.steps if how.fixed else min(most, how.steps)
+
+
+def pictures(model: Diffusion, prompts: Sequence[Prompt], label: str = "drawing") -> list[NDArray[np.uint8]]:
+    """A picture (H, W, 3) for every prompt, with the guidance that the model comes with; see `steps_of`."""
+    steps = steps_of(model, prompts)
+    with progress(label, bar_steps(model, len(prompts), steps, BATCH)) as bar:
         return generate(
             model,
             [p.text for p in prompts],
             seeds=[p.seed for p in prompts],
-            steps=how.steps,
-            guidance=how.guidance,
+            steps=steps,
+            guidance=model.sampling.guidance,
             batch=BATCH,
             on_step=lambda step, count: bar.advance(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from core.figures import Figure, Figures, Measured
 from core.kit import Graph, InputError, Kit, Recipe
 from kits.mobile_diffusion import predict as drawing
 from kits.mobile_diffusion import shipped
-from kits.mobile_diffusion.acceptance import GATES, align, pictures
+from kits.mobile_diffusion.acceptance import GATES, align, pictures, steps_of
 from kits.mobile_diffusion.batches import Batches
 from kits.mobile_diffusion.comparison import compare, evaluate, judged, side_by_side
 from kits.mobile_diffusion.data.default import samples
@@ -30,6 +31,8 @@ LARGE = 50_000_000
 DECODED = 16
 """Latents a side that are decoded for calibration."""
 LARGE_PROMPTS = {"smoke": 1, "full": 4}
+TRIAL_STEPS = 4
+"""Steps of a large model's picture in the preset "smoke": all 25 take an hour there."""
 
 
 class MobileDiffusion:
@@ -76,7 +79,8 @@ class MobileDiffusion:
         """Captioned pictures to train on, prompts with seeds to choose by and to report."""
         found = samples(data, split, preset, self._model.pixels)
         if split == "test" and sum(p.numel() for p in self._model.unet.parameters()) > LARGE:
-            return found[: LARGE_PROMPTS[preset]]
+            steps = TRIAL_STEPS if preset == "smoke" else None
+            return [replace(p, steps=steps) for p in found[: LARGE_PROMPTS[preset]]]
         return found
 
     def batches(
@@ -174,14 +178,14 @@ class MobileDiffusion:
             drawing.add_arguments(parser)
 
     def pipeline(self, module: nn.Module, samples: Sequence[Any]) -> Callable[[], Any]:
-        """A picture of the next prompt, from the prompt to pixels, in the model's own steps."""
+        """A picture of the next prompt, from the prompt to pixels, in the model's own steps (see `steps_of`)."""
         model, prompts = _diffusion(module), cycle(samples)
+        steps = steps_of(model, samples)
 
         def draw() -> Any:
-            prompt, how = next(prompts), model.sampling
-            return generate(
-                model, [prompt.text], seeds=prompt.seed, steps=how.steps, guidance=how.guidance, watch=False
-            )
+            prompt = next(prompts)
+            guidance = model.sampling.guidance
+            return generate(model, [prompt.text], seeds=prompt.seed, steps=steps, guidance=guidance, watch=False)
 
         return draw
 

@@ -19,7 +19,7 @@ from core.evaluation.measure import runtime_title
 from core.export import Artifact
 from core.figures import Measured
 from core.kit import Context, Recipe, Step
-from core.quantization import Quantize
+from core.quantization import Half, Quantize
 from core.run import Run, _names, _precision
 from tests.core.test_run import MEMORY
 from tests.core.toy import KIT, PTQ
@@ -70,6 +70,16 @@ def test_estimates_count_integers_where_inputs_are_integers() -> None:
     assert _precision(small(replace(PTQ, weight_bits=4, reduce_range=False)))[0]["head.1"] == "int8"
     layers, bits = _precision(small(WEIGHTS_ONLY))
     assert layers["head.1"] == "fp32" and bits["head.1"] == 4
+
+
+def test_layers_in_fp16_are_estimated_so() -> None:
+    mixed = small(replace(PTQ, keep=("head.*",)), Half(layers=("head.*",)))
+    layers, bits = _precision(mixed)
+    assert layers["encoder.0"] == "int8" and layers["head.1"] == layers["*"] == "fp16"
+    assert bits["head.1"] == 16 and bits["encoder.0"] == 8
+    assert _names(KIT.model(), mixed)["compressed"] == "int8", "by the bits of what was quantized"
+    assert _names(KIT.model(), small(Half()))["compressed"] == "fp16"
+    assert _precision(small(PTQ))[0]["*"] == "int8"
 
 
 def test_a_run_without_quantization_names_no_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

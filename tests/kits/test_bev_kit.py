@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.kit import InputError
+from core.kit import InputError, Streamed
 from core.weights import save_weights
 from kits.bev_perception.card import write_card
 from kits.bev_perception.data.world import generate_world
@@ -59,6 +59,24 @@ def test_batches_go_through_network_and_loss(kit: BevPerception, folder: Path) -
     assert scores.shape == (2, CONFIG.num_query, 10) and codes.shape == (2, CONFIG.num_query, 10)
     assert bev.shape == inputs[3].shape
     assert torch.isfinite(kit.loss(model, batch))
+
+
+def test_the_stream_remembers_what_it_is_sent(kit: BevPerception, folder: Path) -> None:
+    stream = kit.stream(kit.dataset(folder, "train"), 5, 0)
+    assert isinstance(kit, Streamed)
+    given = next(stream)
+    seen, sent = [given], []
+    while True:
+        bev = torch.full_like(given[3], len(sent) + 1.0)
+        sent.append(bev)
+        try:
+            given = stream.send((given[0], given[1], bev))
+        except StopIteration:
+            break
+        seen.append(given)
+    assert [g[4].item() for g in seen] == [0.0, 1.0, 1.0], "a scene of three frames"
+    for after, bev in zip(seen[1:], sent):
+        assert torch.equal(after[3], bev), "the memory of the frame before"
 
 
 def test_evaluate_leaves_what_the_devkit_reads(kit: BevPerception, folder: Path, tmp_path: Path) -> None:

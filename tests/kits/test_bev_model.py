@@ -33,7 +33,7 @@ def micro(config: Config = MICRO) -> BEVFormer:
 def test_sizes() -> None:
     with torch.device("meta"):
         found = {name: parameters_of(BEVFormer(config)) for name, config in CONFIGS.items()}
-    assert found == {"tiny": 33_521_157, "small": 59_463_619, "base": 69_034_947, "nano": 3_462_826}
+    assert found == {"tiny": 33_521_157, "small": 59_463_619, "base": 69_034_947, "nano": 3_521_066}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,10 @@ def agree(found: Tensor, wanted: Tensor) -> float:
 def test_nano_is_one_onnx_graph_with_its_memory_outside(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = micro(NANO)
+    head = model.pts_bbox_head.proposals
+    assert head is not None
+    with torch.no_grad():
+        head.classify.weight.mul_(30)  # scores apart, as those of a trained head: rounding must not choose other cells
     inputs = example_inputs(NANO)
     graph = Graph("nano", inputs, OUTPUTS)
     assert tuple(inputs) == INPUTS

@@ -25,7 +25,7 @@ from kits.bev_perception.model.backbone import FPN, ResNet
 from kits.bev_perception.model.boxes import detections
 from kits.bev_perception.model.checkpoint import load_checkpoint
 from kits.bev_perception.model.configs import CONFIGS, TINY, Backbone, Config, Images
-from kits.bev_perception.model.decoder import moved
+from kits.bev_perception.model.decoder import place
 from kits.bev_perception.model.detector import BEVFormer, Head, empty_memory
 from kits.bev_perception.model.state import BevState, Frame
 
@@ -241,7 +241,7 @@ def test_every_intermediate_result(cases: Callable[[str, str], Case], name: str)
     check("init_reference", queries.reference)
     states, references = out["transformer.decoder"]
     check("decoder_states", torch.stack(states).transpose(1, 2))
-    last = moved(head.reg_branches[-1](states[-1]), references[-1])
+    last = place(head.reg_branches[-1](states[-1]), references[-1], config)[1]
     check("inter_references", torch.stack([*references[1:], last]))
     for i in range(config.decoder_layers):
         layer = f"transformer.decoder.layers.{i}"
@@ -275,7 +275,7 @@ def test_the_main_results_of_every_case(cases: Callable[[str, str], Case], name:
         bev, scores, codes = it.run()
     history = taken["transformer.encoder"][3]
     states, references = out["transformer.decoder"]
-    last = moved(it.head.reg_branches[-1](states[-1]), references[-1])
+    last = place(it.head.reg_branches[-1](states[-1]), references[-1], it.head.config)[1]
     batched: dict[str, tuple[Tensor, int]] = {  # name: (value, axis of the batch)
         "can_bus_embed": (out["transformer.can_bus_mlp"], 0),
         "shift": (history.shift, 0),

@@ -151,7 +151,9 @@ def said(truth: Truth) -> Dense:
     code[:, :2] = place - cell - 0.5
     for (column, row), values in zip(cell.long().tolist(), code, strict=True):
         codes[0, :, row, column] = values
-    return Dense(torch.logit(heat.clamp(1e-4, 1 - 1e-4))[None], codes, torch.zeros(1, PROPOSING.embed_dims, h, w))
+    return Dense(
+        torch.logit(heat.clamp(1e-4, 1 - 1e-4))[None], codes, torch.zeros(1, PROPOSING.embed_dims, h, w), codes
+    )
 
 
 def test_proposals_begin_where_the_dense_head_sees_something() -> None:

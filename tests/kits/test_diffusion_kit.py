@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +16,13 @@ import torch
 
 import core.kit
 import core.run
+from core.figures import Figures
 from core.kit import InputError
 from core.report import Report
 from core.run import Run
-from kits.mobile_diffusion.acceptance import align
+from kits.mobile_diffusion.acceptance import align, steps_of
 from kits.mobile_diffusion.batches import Batches, target
+from kits.mobile_diffusion.comparison import compare
 from kits.mobile_diffusion.data import scenes
 from kits.mobile_diffusion.data.default import Prompt, samples
 from kits.mobile_diffusion.kit import MobileDiffusion
@@ -95,6 +101,39 @@ def test_what_is_reported_is_never_trained_on() -> None:
     assert {p.kind for p in reported} == set(scenes.KINDS)
     captions = {s.text for split in ("train", "val") for s in samples(None, split, "smoke", 64)}
     assert not captions & {p.text for p in reported}
+
+
+def test_a_short_trial_of_a_large_model_takes_few_steps(
+    model: Diffusion, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kit = MobileDiffusion(model)
+    monkeypatch.setattr(sys.modules[MobileDiffusion.__module__], "LARGE", 1)
+    monkeypatch.setattr(sys.modules[MobileDiffusion.__module__], "TRIAL_STEPS", 1)
+    (prompt,) = kit.dataset(None, "test", "smoke")
+    assert prompt.steps == 1 and len(kit.dataset(None, "test", "full")) == 4
+    drawn = kit.evaluate(model, [prompt], {}, tmp_path)
+    assert drawn["steps"] == 1, "also in what is written"
+    assert steps_of(model, kit.dataset(None, "test", "full")) == model.sampling.steps == 2
+    fixed = copy.copy(model)
+    fixed.sampling = replace(model.sampling, fixed=True)
+    assert steps_of(fixed, [prompt]) == 2, "its times are a table, so it cannot take fewer"
+    _, tables = _fidelity_tables(kit, model, [prompt])
+    trial = next(t for t in tables if t["title"].startswith("A short trial"))
+    assert trial["rows"] == [["original", 1, 2], ["compressed", 1, 2]]
+
+
+def _fidelity_tables(kit: MobileDiffusion, model: Diffusion, prompts: list[Prompt]) -> tuple[Figures, list[Any]]:
+    class Stored:
+        sha256 = "0" * 64
+        chosen = "fp32-torch"
+
+        def variant(self, name: str | None) -> Any:
+            return SimpleNamespace(runtime="torch", precision="fp32")
+
+        def size_bytes(self, name: str | None) -> int:
+            return 1
+
+    return compare(kit, model, model, prompts, Stored(), "smoke")
 
 
 def test_alignment_counts_pictures_that_meet_every_demand() -> None:

@@ -59,6 +59,7 @@ class Config:
     `cameras_per_query` bounds the cameras that one BEV cell looks into, those that see most of its pillar first;
     None means all of them. `wrap_turn` brings turns into -180..180 degrees, which the published models do not.
     With `proposals` the object queries begin at the best cells of a dense head instead of at learnt places.
+    With `local_codes` boxes are told along and across the ray to where they are told from, see `local`.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Config:
     cameras_per_query: int | None = None
     wrap_turn: bool = False
     proposals: bool = False
+    local_codes: bool = False
 
     @property
     def extent(self) -> tuple[float, float, float]:
@@ -119,8 +121,8 @@ NANO = Config(
     Backbone(18, base_channels=32, out_indices=(1, 2, 3), levels=1, frozen_stages=-1, norm_frozen=False),
     embed_dims=64,
     ffn_dims=128,
-    bev_h=40,
-    bev_w=40,
+    bev_h=50,
+    bev_w=50,
     num_query=150,
     encoder_layers=2,
     decoder_layers=3,
@@ -128,9 +130,10 @@ NANO = Config(
     heads=4,
     max_num=150,
     dropout=0.0,
-    rotate_center=(20.0, 20.0),
+    rotate_center=(25.0, 25.0),
     cameras_per_query=2,
     wrap_turn=True,
     proposals=True,
+    local_codes=True,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

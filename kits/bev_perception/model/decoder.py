@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kits.bev_perception.model.attention import DeformableAttention, FeedForward, SelfAttention
 from kits.bev_perception.model.configs import Config
+from kits.bev_perception.model.local import bearing, to_frame
 
 CENTRE = (0, 1, 4)
 """Where x, y and z stand in the box code."""
@@ -62,6 +63,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
     def forward(self, queries: Queries, bev: Tensor, regress: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,11 +75,22 @@ class Decoder(nn.Module):
             states.append(x)
             references.append(reference)
             if index + 1 < len(self.layers):
-                reference = moved(regress[index](x), reference).detach()
+                reference = place(regress[index](x), reference, self.config)[1].detach()
         return states, references
 
 
-def moved(code: Tensor, reference: Tensor) -> Tensor:
-    """References (B, O, 3) moved by a regressed box code (B, O, 10)."""
-    delta = torch.stack([code[..., i] for i in CENTRE], -1)
-    return (delta + inverse_sigmoid(reference)).sigmoid()
+def place(code: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """What regressed codes (B, O, 10) say of references (B, O, 3): codes with centres in metres, and new references."""
+    low, size = (reference.new_tensor(v) for v in (config.pc_range[:3], config.extent))
+    if config.local_codes:
+        ground = reference * size + low
+        parts = list(to_frame(code, *bearing(ground[..., 0], ground[..., 1])).unbind(-1))
+        for axis, where in enumerate(CENTRE):
+            parts[where] = parts[where] + ground[..., axis]
+        centre = torch.stack([parts[where] for where in CENTRE], -1)
+        return torch.stack(parts, -1), ((centre - low) / size).clamp(0, 1)
+    new = (torch.stack([code[..., i] for i in CENTRE], -1) + inverse_sigmoid(reference)).sigmoid()
+    parts = list(code.unbind(-1))
+    for axis, where in enumerate(CENTRE):
+        parts[where] = new[..., axis] * size[axis] + low[axis]
+    return torch.stack(parts, -1), new

@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from kits.bev_perception.model import boxes
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.detector import CODE_WEIGHTS
+from kits.bev_perception.model.local import bearing, local_yaw
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.proposals import NAIVE, Dense
 
-BOX_WEIGHT = 0.25
+BOX_WEIGHT = 1.0
 DEPTH_WEIGHT = 0.5
+SHAPE_WEIGHT = 0.25
+SHAPE = 7
+"""What a pixel says of the box there beside its distance: x and y in the pixel, log w, l, h, sine and cosine of its
+angle to the ray."""
 SPREAD = (0.7, 2.0)
 """Standard deviation of a heatmap's peak in cells: of the smallest and of the largest things."""
 BALANCE, FOCUS = 4.0, 2.0
@@ -73,7 +78,7 @@ def cell_loss(dense: Dense, truths: Sequence[Truth], config: Config) -> dict[str
 
 
 class PixelHead(nn.Module):
-    """Asks every pixel of the finest feature map what stands there and how far: training only.
+    """Asks every pixel of the finest feature map what stands there, how far, how large and turned how: training only.
 
     Drives the backbone before anything of the BEV is right, as the perspective head of BEVFormer v2 does.
     """
@@ -82,22 +87,25 @@ class PixelHead(nn.Module):
         super().__init__()
         self.config = config
         C, K = config.embed_dims, len(config.classes)
-        self.layers = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, K + 1, 1))
+        self.layers = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, K + 1 + SHAPE, 1))
         nn.init.constant_(cast(Tensor, self.layers[2].bias)[:K], NAIVE)
 
     def forward(self, features: Tensor, lidar2img: Tensor, truths: Sequence[Truth]) -> dict[str, Tensor]:
-        """The losses "heat" and "depth" of features (B, N, C, h, w) for matrices (B, N, 4, 4)."""
+        """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4)."""
         said = self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        K = said.shape[2] - 1
+        K = said.shape[2] - 1 - SHAPE
         h, w = said.shape[-2:]
         images = self.config.images
         stride = said.new_tensor((images.width / w, images.height / h))
-        maps, depths, wanted = [], [], []
+        maps, depths, wanted, shapes, real = [], [], [], [], []
         for index, truth in enumerate(truths):
+            turned = torch.stack(local_yaw(truth.boxes[:, 6], *bearing(truth.boxes[:, 0], truth.boxes[:, 1])), -1)
+            shape = torch.cat((truth.boxes[:, 3:6].log(), turned), -1)
             homogeneous = F.pad(truth.boxes[:, :3], (0, 1), value=1.0)
             seen = torch.einsum("nij,gj->ngi", lidar2img[index, :, :3], homogeneous)
             depth = seen[..., 2]
-            cell = (seen[..., :2] / depth.clamp(min=0.5)[..., None] / stride).floor()
+            place = seen[..., :2] / depth.clamp(min=0.5)[..., None] / stride
+            cell = place.floor()
             inside = (depth > 0.5) & (cell >= 0).all(-1) & (cell[..., 0] < w) & (cell[..., 1] < h)
             for camera in range(lidar2img.shape[1]):
                 mine = inside[camera]
@@ -108,6 +116,13 @@ class PixelHead(nn.Module):
                 column, row = places.long().unbind(-1)
                 depths.append(said[index, camera, K, row, column])
                 wanted.append(depth[camera, mine].log())
+                shapes.append(said[index, camera, K + 1 :, row, column].T)
+                real.append(torch.cat((place[camera, mine] - places - 0.5, shape[mine]), -1))
         apart = (torch.cat(depths) - torch.cat(wanted)).abs()
         heat = heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps))
-        return {"heat": heat, "depth": DEPTH_WEIGHT * apart.sum() / max(1, len(apart))}
+        wrong, count = (torch.cat(shapes) - torch.cat(real)).abs(), max(1, len(apart))
+        return {
+            "heat": heat,
+            "depth": DEPTH_WEIGHT * apart.sum() / count,
+            "shape": SHAPE_WEIGHT * wrong.sum() / count,
+        }

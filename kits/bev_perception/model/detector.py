@@ -18,7 +18,7 @@ from core.kit import InputError
 from kits.bev_perception.model import geometry
 from kits.bev_perception.model.backbone import FPN, ResNet
 from kits.bev_perception.model.configs import Config
-from kits.bev_perception.model.decoder import CENTRE, Decoder, Queries, moved
+from kits.bev_perception.model.decoder import Decoder, Queries, place
 from kits.bev_perception.model.encoder import Encoder, History
 from kits.bev_perception.model.proposals import Dense, Proposals
 
@@ -145,17 +145,8 @@ class Head(nn.Module):
         states, references = self.transformer.decoder(queries, bev, self.reg_branches)
         layers = range(len(states))[-1:] if last_only else range(len(states))
         scores = [self.cls_branches[i](states[i]) for i in layers]
-        boxes = [self._box(self.reg_branches[i](states[i]), references[i]) for i in layers]
+        boxes = [place(self.reg_branches[i](states[i]), references[i], self.config)[0] for i in layers]
         return Predictions(torch.stack(scores), torch.stack(boxes))
-
-    def _box(self, code: Tensor, reference: Tensor) -> Tensor:
-        """A regressed code with its centre put into metres."""
-        low, size = self.config.pc_range[:3], self.config.extent
-        centre = moved(code, reference)
-        parts = list(code.unbind(-1))
-        for axis, place in enumerate(CENTRE):
-            parts[place] = centre[..., axis] * size[axis] + low[axis]
-        return torch.stack(parts, -1)
 
 
 class BEVFormer(nn.Module):

@@ -100,7 +100,8 @@ class Learner(nn.Module):
 
     def losses(self, batch: Batch) -> Losses:
         """The loss of a batch with its parts: "0.cls", "0.box" by layer, "dn.0.cls", ... of the denoising, and of the
-        dense losses "dense.heat", "dense.box", "pixel.heat", "pixel.depth".
+        dense losses "dense.heat", "dense.box", "pixel.heat", "pixel.depth",
+        "pixel.shape".
         """
         head, view, truths = self.detector.pts_bbox_head, batch.view, batch.truths
         features = self.detector.features(view.images)

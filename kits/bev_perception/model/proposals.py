@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.decoder import Queries, inverse_sigmoid
+from kits.bev_perception.model.local import bearing, to_frame
 
 FINE = 2
 """Cells of the dense head along one of the BEV."""
@@ -26,18 +27,21 @@ NAIVE = -4.6
 class Dense:
     """What every fine cell says: class logits (B, K, h, w), codes (B, 10, h, w) and features (B, c, h, w).
 
-    A code is that of `boxes` with x and y in cells from the cell's centre, and z in metres.
+    A code is that of `boxes` with x and y in cells from the cell's centre, and z in metres; `local` (B, 10, h, w) is
+    the same as the head says it, see `local.to_frame`.
     """
 
     logits: Tensor
     codes: Tensor
     features: Tensor
+    local: Tensor
 
 
 class Proposals(nn.Module):
     """The dense head, and how its cells become queries."""
 
     place: Tensor
+    ray: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -55,6 +59,9 @@ class Proposals(nn.Module):
         h, w = FINE * config.bev_h, FINE * config.bev_w
         y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
         self.register_buffer("place", torch.stack((x, y)).flatten(1), persistent=False)
+        low, extent = config.pc_range[:2], config.extent[:2]
+        ray = torch.stack(bearing(x * extent[0] + low[0], y * extent[1] + low[1]))
+        self.register_buffer("ray", ray, persistent=False)
 
     def forward(self, bev: Tensor) -> Dense:
         """BEV (B, Q, C) -> what its fine cells say."""
@@ -62,7 +69,11 @@ class Proposals(nn.Module):
         x = bev.transpose(1, 2).reshape(B, C, self.config.bev_h, self.config.bev_w)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(F.pixel_shuffle(self.conv2(x), FINE)))
-        return Dense(self.classify(x), self.regress(x), x)
+        local = self.regress(x)
+        if not self.config.local_codes:
+            return Dense(self.classify(x), local, x, local)
+        codes = to_frame(local.permute(0, 2, 3, 1), *self.ray.unbind(0)).permute(0, 3, 1, 2)
+        return Dense(self.classify(x), codes, x, local)
 
     def queries(self, dense: Dense) -> Queries:
         """The cells with the highest scores that are the highest of their 3 x 3 neighbours, as queries.
@@ -73,9 +84,9 @@ class Proposals(nn.Module):
         peak = (scores == F.max_pool2d(scores, 3, 1, 1)).to(scores.dtype)
         best = (scores * peak).amax(1).flatten(1)
         chosen = best.topk(min(self.config.num_query, best.shape[-1]), -1).indices
-        found = torch.cat((dense.features, dense.logits.sigmoid(), dense.codes), 1).flatten(2)
-        content = found.gather(2, chosen[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
-        codes = content[..., -10:].detach()
+        found = torch.cat((dense.features, dense.logits.sigmoid(), dense.local, dense.codes), 1).flatten(2)
+        found = found.gather(2, chosen[:, None].expand(-1, found.shape[1], -1)).transpose(1, 2)
+        content, codes = found[..., :-10], found[..., -10:].detach()
         h, w = dense.logits.shape[-2:]
         x, y = self.place[0][chosen] + codes[..., 0] / w, self.place[1][chosen] + codes[..., 1] / h
         low, height = self.config.pc_range[2], self.config.extent[2]

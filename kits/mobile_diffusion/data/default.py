@@ -29,11 +29,15 @@ _SEED, _CHECK_SEED = 40_000_003, 50_000_017
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the seed of its picture; `kind` is the kind of its composition ("" where it is not known)."""
+    """A prompt with the seed of its picture; `kind` is the kind of its composition ("" where it is not known).
+
+    `steps` is the most that a picture takes in a short trial; None leaves the model its own.
+    """
 
     text: str
     seed: int
     kind: str = ""
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
