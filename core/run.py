@@ -395,7 +395,7 @@ def _variants_table(
                 round(times[name]["p50"], 2),
                 round(times[name]["p99"], 2),
                 round(artifact.size_bytes(name) / 1e6, 2),
-                round(scores[name][headline][0], 2),
+                round(scores[name][headline][0], 2) if headline in scores[name] else "",
                 ", ".join(f"{n} {p}" for p, n in v.audit["weighted"].items()),
             ]
         )

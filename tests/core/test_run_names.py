@@ -116,3 +116,19 @@ def test_a_score_of_an_artifact_says_what_ran(tmp_path: Path) -> None:
     plain, threshold = basis(KIT.model())
     assert plain.runtime == f"torch {torch.__version__}, Toy" and plain.artifact == "" and threshold == 3
     assert basis(KIT.model(), meta={"threshold": 1})[1] == 1
+
+
+def test_a_run_whose_kit_cannot_tell_a_score_still_ends_in_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = core.run.measure
+    monkeypatch.setattr(core.run, "SECONDS", {"smoke": 0.2})
+    monkeypatch.setattr(core.run, "measure", lambda artifact, **named: real(artifact, **{**named, "seconds": 0.05}))
+    monkeypatch.setattr(sys.modules["core.evaluation.measure"], "_memory", lambda *given: MEMORY)
+    monkeypatch.setattr(type(KIT), "score", lambda *given: {})
+    report = Run(KIT, Recipe("ptq", (PTQ,), "", ""), KIT.default_target, None, "smoke", tmp_path)()
+    assert report.figures.find("accuracy", "compressed", "measured") is None
+    assert report.figures.find("accuracy_loss") is None and report.figures.find("speedup") is not None
+    verdicts = {j.gate.name: j.verdict for j in report.judgements}
+    assert verdicts["accuracy"] == "UNPROVEN"
+    assert {row[4] for row in report.tables[0]["rows"]} == {""}
