@@ -17,12 +17,13 @@ from core.figures import Estimated, Figure, Figures, Measured
 from core.files import write_text
 from core.hardware import estimate, target
 from core.kit import Kit
+from core.progress import progress
 from core.quantization import packed_layers
 from kits.mobile_diffusion.acceptance import BATCH, PHONE, align, pictures, steps_of
 from kits.mobile_diffusion.data.default import Prompt
 from kits.mobile_diffusion.data.scenes import SIZE
 from kits.mobile_diffusion.fidelity import fidelity, vae_features
-from kits.mobile_diffusion.generate import sample
+from kits.mobile_diffusion.generate import Samples, bar_steps, sample
 from kits.mobile_diffusion.model.pipeline import Diffusion
 from kits.mobile_diffusion.predict import contact_sheet
 
@@ -83,8 +84,8 @@ def _fidelity(
     texts, seeds = [p.text for p in prompts], [p.seed for p in prompts]
     taken = [steps_of(m, prompts) for m in (compressed, original)]
     runs = [
-        sample(m, texts, seeds=seeds, steps=steps, guidance=m.sampling.guidance, batch=BATCH, keep_latents=True)
-        for m, steps in zip((compressed, original), taken)
+        _drawn(m, texts, seeds, steps, name)
+        for m, steps, name in zip((compressed, original), taken, ("compressed", "original"))
     ]
     same = taken[0] == taken[1]
     kept = [r.latents if same and r.latents is not None else r.denoised for r in runs]
@@ -114,6 +115,15 @@ def _fidelity(
             }
         )
     return figures, tables
+
+
+def _drawn(model: Diffusion, texts: Sequence[str], seeds: Sequence[int], steps: int, name: str) -> Samples:
+    guidance = model.sampling.guidance
+    with progress(f"comparing: {name}", bar_steps(model, len(texts), steps, BATCH)) as bar:
+        return sample(
+            model, texts, seeds=seeds, steps=steps, guidance=guidance, batch=BATCH, keep_latents=True,
+            on_step=lambda step, count: bar.advance(),
+        )  # fmt: skip
 
 
 def _size_ratio(original: Diffusion, compressed: Diffusion, artifact: Any) -> Figures:

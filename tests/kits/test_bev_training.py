@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from core.train import Schedule
 from kits.bev_perception.data.keyframes import Keyframe, in_scenes, keyframes, to_global
@@ -15,7 +17,7 @@ from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.streams import AS_IT_IS, Shot, Variation, collate, streams, with_past
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.model.configs import CLASSES
-from kits.bev_perception.model.dense_loss import PixelHead, cell_loss, heat_loss, heatmap
+from kits.bev_perception.model.dense_loss import SHAPE, PixelHead, cell_loss, covered, heat_loss, heatmap
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.geometry import shift
 from kits.bev_perception.model.learner import Learner
@@ -189,6 +191,42 @@ def test_heatmap_has_a_peak_a_box_and_loss_knows_it() -> None:
     assert float(heat[1].max()) == 0.0 and float(heat.max()) == 1.0
     good, bad = torch.logit(heat.clamp(1e-4, 1 - 1e-4)), torch.zeros(2, 5, 8)
     assert float(heat_loss(good, heat)) < 0.1 * float(heat_loss(bad, heat))
+
+
+def test_the_nearest_box_owns_a_pixel() -> None:
+    place, reach = torch.tensor([[2.0, 1.5], [3.5, 1.5]]), torch.tensor([[1.5, 0.6], [1.0, 1.1]])
+    owner, row, column = covered(place, reach, torch.tensor([20.0, 10.0]), (3, 6))
+    shown = torch.full((3, 6), -1, dtype=torch.long)
+    shown[row, column] = owner
+    # columns 0.5 to 5.5: the first reaches 0.5 to 3.5 of the middle row, the second, nearer, 2.5 to 4.5 of all three
+    assert shown.tolist() == [[-1, -1, 1, 1, 1, -1], [0, 0, 1, 1, 1, -1], [-1, -1, 1, 1, 1, -1]]
+    assert [len(part) for part in covered(place[:0], reach[:0], torch.zeros(0), (3, 6))] == [0, 0, 0]
+
+
+def test_a_pixel_that_knows_its_box_loses_nothing() -> None:
+    """A camera that looks along y, 1 pixel a metre at 100 m; the box's middle right of and below a pixel's."""
+    config = replace(PROPOSING, images=replace(PROPOSING.images, height=64, width=96))
+    head = PixelHead(config)
+    truth = Truth(torch.tensor([[3.0, 20.0, -1.0, 1.8, 4.4, 1.6, 0.5, 0.0, 0.0]]), torch.tensor([0]))
+    matrix = torch.tensor([[100.0, 48, 0, 0], [0, 32, -100, 0], [0, 1, 0, 0], [0, 0, 0, 1]])[None, None]
+    centre = torch.tensor([100 * 3 / 20 + 48, 100 / 20 + 32]) / 8
+    known = torch.zeros(1, 1, config.embed_dims, 8, 12)
+
+    class Knows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            said = torch.full((1, 10 + 1 + SHAPE, 8, 12), -9.0)
+            row, column = torch.meshgrid(torch.arange(8) + 0.5, torch.arange(12) + 0.5, indexing="ij")
+            scale = 100 / 20 / 8
+            ray = math.atan2(20, 3)
+            values = [math.log(20), (centre[0] - column) / scale, (centre[1] - row) / scale, 2.0, math.log(1.8),
+                      math.log(4.4), math.log(1.6), math.sin(0.5 + ray), math.cos(0.5 + ray)]  # fmt: skip
+            for i, value in enumerate(values):
+                said[0, 10 + i] = value
+            return said
+
+    head.layers = Knows()  # type: ignore[assignment]
+    found = head(known, matrix, [truth])
+    assert found["depth"].item() == pytest.approx(0, abs=1e-5) and found["shape"].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_pixels_learn_what_stands_where(samples: list[Keyframe]) -> None:

@@ -22,9 +22,9 @@ from kits.bev_perception.model.proposals import NAIVE, Dense
 BOX_WEIGHT = 1.0
 DEPTH_WEIGHT = 0.5
 SHAPE_WEIGHT = 0.25
-SHAPE = 7
-"""What a pixel says of the box there beside its distance: x and y in the pixel, log w, l, h, sine and cosine of its
-angle to the ray."""
+SHAPE = 8
+"""What a pixel says of the box there beside the log of its distance: how far its centre lies to the right and below in
+metres, the distance in tens of metres, log w, l, h, sine and cosine of its angle to the ray."""
 SPREAD = (0.7, 2.0)
 """Standard deviation of a heatmap's peak in cells: of the smallest and of the largest things."""
 BALANCE, FOCUS = 4.0, 2.0
@@ -91,38 +91,72 @@ class PixelHead(nn.Module):
         nn.init.constant_(cast(Tensor, self.layers[2].bias)[:K], NAIVE)
 
     def forward(self, features: Tensor, lidar2img: Tensor, truths: Sequence[Truth]) -> dict[str, Tensor]:
-        """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4)."""
+        """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4).
+
+        Every pixel that a box covers learns what it can of it, all pixels of a box as much as those of another.
+        """
         said = self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        K = said.shape[2] - 1 - SHAPE
-        h, w = said.shape[-2:]
+        K, (h, w) = said.shape[2] - 1 - SHAPE, said.shape[-2:]
         images = self.config.images
         stride = said.new_tensor((images.width / w, images.height / h))
-        maps, depths, wanted, shapes, real = [], [], [], [], []
+        maps, wrong, count = [], said.new_zeros(2), 0
         for index, truth in enumerate(truths):
             turned = torch.stack(local_yaw(truth.boxes[:, 6], *bearing(truth.boxes[:, 0], truth.boxes[:, 1])), -1)
-            shape = torch.cat((truth.boxes[:, 3:6].log(), turned), -1)
             homogeneous = F.pad(truth.boxes[:, :3], (0, 1), value=1.0)
-            seen = torch.einsum("nij,gj->ngi", lidar2img[index, :, :3], homogeneous)
-            depth = seen[..., 2]
-            place = seen[..., :2] / depth.clamp(min=0.5)[..., None] / stride
-            cell = place.floor()
-            inside = (depth > 0.5) & (cell >= 0).all(-1) & (cell[..., 0] < w) & (cell[..., 1] < h)
-            for camera in range(lidar2img.shape[1]):
-                mine = inside[camera]
-                places = cell[camera, mine]
-                tall = truth.boxes[mine, 5] * lidar2img[index, camera, 1, :3].norm() / depth[camera, mine]
-                spreads = (tall / stride[1] / 6).clamp(0.6, 2.0)
-                maps.append(heatmap(places, spreads, truth.labels[mine], (K, h, w)))
-                column, row = places.long().unbind(-1)
-                depths.append(said[index, camera, K, row, column])
-                wanted.append(depth[camera, mine].log())
-                shapes.append(said[index, camera, K + 1 :, row, column].T)
-                real.append(torch.cat((place[camera, mine] - places - 0.5, shape[mine]), -1))
-        apart = (torch.cat(depths) - torch.cat(wanted)).abs()
-        heat = heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps))
-        wrong, count = (torch.cat(shapes) - torch.cat(real)).abs(), max(1, len(apart))
+            for camera, matrix in enumerate(lidar2img[index, :, :3]):
+                seen = homogeneous @ matrix.T
+                place = seen[:, :2] / seen[:, 2:].clamp(min=0.5) / stride
+                inside = (seen[:, 2] > 0.5) & (place >= 0).all(-1) & (place[:, 0] < w) & (place[:, 1] < h)
+                box, place, depth = truth.boxes[inside], place[inside], seen[inside, 2]
+                # pixels of the map in a metre at the box: both rows are a focal length and the optical axis
+                scale = _focal(matrix) / depth[:, None] / stride
+                spreads = (box[:, 5] * scale[:, 1] / 6).clamp(0.6, 2.0)
+                maps.append(heatmap(place.floor(), spreads, truth.labels[inside], (K, h, w)))
+                reach = torch.stack(((box[:, 3] + box[:, 4]) / 4, box[:, 5] / 2), -1) * scale
+                owner, row, column = covered(place, reach.clamp(min=0.7), depth, (h, w))
+                if not len(owner):
+                    continue
+                here = torch.stack((column, row), -1) + 0.5
+                real = torch.cat(
+                    (
+                        depth[owner, None].log(),
+                        (place[owner] - here) / scale[owner],
+                        depth[owner, None] / 10,
+                        box[owner, 3:6].log(),
+                        turned[inside][owner],
+                    ),
+                    -1,
+                )
+                apart = (said[index, camera, K:, row, column].T - real).abs()
+                share = 1 / owner.bincount(minlength=len(box))[owner]
+                wrong = wrong + torch.stack(((apart[:, 0] * share).sum(), (apart[:, 1:].sum(1) * share).sum()))
+                count += len(owner.unique())
+        depth_wrong, shape_wrong = (wrong / max(1, count)).unbind()
         return {
-            "heat": heat,
-            "depth": DEPTH_WEIGHT * apart.sum() / count,
-            "shape": SHAPE_WEIGHT * wrong.sum() / count,
+            "heat": heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps)),
+            "depth": DEPTH_WEIGHT * depth_wrong,
+            "shape": SHAPE_WEIGHT * shape_wrong,
         }
+
+
+def _focal(matrix: Tensor) -> Tensor:
+    """Focal lengths in pixels (2,) of a camera's matrix (3, 4)."""
+    rows, axis = matrix[:2, :3], matrix[2, :3]
+    return (rows.square().sum(1) - (rows @ axis).square()).clamp(min=1e-6).sqrt()
+
+
+def covered(place: Tensor, reach: Tensor, depth: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which box every covered pixel shows, its row and its column (P,) each: the nearest of those about `place` (G, 2).
+
+    A box covers pixels whose centre lies within `reach` (G, 2) of it, x first.
+    """
+    h, w = shape
+    x, y = torch.arange(w, device=place.device) + 0.5, torch.arange(h, device=place.device) + 0.5
+    over = ((y - place[:, 1:]).abs() <= reach[:, 1:])[:, :, None] & ((x - place[:, :1]).abs() <= reach[:, :1])[:, None]
+    if not len(place):
+        nothing = torch.zeros(0, dtype=torch.long, device=place.device)
+        return nothing, nothing, nothing
+    far = torch.where(over, depth[:, None, None], torch.inf)
+    near, owner = far.min(0)
+    row, column = near.isfinite().nonzero().unbind(1)
+    return owner[row, column], row, column
