@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kits.bev_perception.model import boxes
+from core.kit import InputError
+from kits.bev_perception.model import boxes, geometry
 from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.decoder import place
 from kits.bev_perception.model.detector import BEVFormer, example_inputs
@@ -71,3 +72,29 @@ def test_a_place_at_the_lidar_itself_is_finite() -> None:
     assert found.isfinite().all()
     x = example_inputs(NANO)
     assert all(t.isfinite().all() for t in BEVFormer(NANO).eval()(*x.values()))
+
+
+def test_a_pillar_has_points_in_the_four_quarters_of_its_cell() -> None:
+    low, size = torch.tensor(NANO.pc_range[:3]), torch.tensor(NANO.extent)
+    points = geometry.pillars(NANO) * size + low
+    middle = geometry.cells(NANO.bev_h, NANO.bev_w) * size[:2] + low[:2]
+    assert points.shape == (8, NANO.bev_h * NANO.bev_w, 3)
+    torch.testing.assert_close(points[:, 7, 2], torch.tensor([-1.4, -0.4]).repeat(4))
+    torch.testing.assert_close(points[::2, :, :2].mean(0), middle, atol=1e-4, rtol=0)
+    quarter = NANO.extent[0] / NANO.bev_w / 4
+    torch.testing.assert_close(
+        (points[..., :2] - middle).abs(), torch.full_like(points[..., :2], quarter), atol=1e-4, rtol=0
+    )
+    with pytest.raises(InputError, match="points_in_pillar 4 is not 4 for each"):
+        BEVFormer(replace(NANO, points_in_pillar=4))
+
+
+def test_a_head_begins_at_its_own_quarter() -> None:
+    layer = BEVFormer(NANO).pts_bbox_head.transformer.encoder.layers[0]
+    camera = layer.attentions[1].deformable_attention
+    assert not camera.sampling_offsets.bias.any()
+    shares = camera.attention_weights.bias.view(4, 8).softmax(-1)
+    for head in range(4):
+        assert shares[head, 2 * head : 2 * head + 2].sum() > 0.85
+    first = layer.attentions[0].sampling_offsets.bias.view(4, 2, 4, 2)
+    assert not first[:, :, 0].any() and first[:, :, 3].abs().amax() == 1.5, "history is looked at in its own place too"

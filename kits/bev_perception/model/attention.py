@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+QUARTERS, OWN = 4, 3.0
+"""Quarters of a cell, and the logit by which a head begins to prefer the points of its own."""
+
 
 @dataclass(frozen=True)
 class Views:
@@ -38,12 +41,15 @@ def _linear(inputs: int, outputs: int, *, zero: bool = False) -> nn.Linear:
     return layer
 
 
-def _rays(heads: int, groups: int, points: int) -> Tensor:
-    """Offsets to begin with (heads * groups * points * 2,): each head looks one way, its point p p + 1 cells far."""
+def _rays(heads: int, groups: int, points: int, near: bool = False) -> Tensor:
+    """Offsets to begin with (heads * groups * points * 2,): each head looks one way, its point p p + 1 cells far.
+
+    With `near` it is p / 2 cells far, so that the first is the place itself.
+    """
     angle = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
     ray = torch.stack((angle.cos(), angle.sin()), -1)
     ray = ray / ray.abs().amax(-1, keepdim=True)
-    steps = torch.arange(1, points + 1, dtype=torch.float32)
+    steps = torch.arange(points, dtype=torch.float32) / 2 if near else torch.arange(1.0, points + 1)
     return (ray[:, None, None] * steps[:, None]).expand(heads, groups, points, 2).reshape(-1)
 
 
@@ -75,7 +81,9 @@ class TemporalSelfAttention(_Sampling):
     Linear outputs are laid out heads, queue (0 history, 1 present), points, (x, y).
     """
 
-    def __init__(self, dims: int, heads: int, points: int, bev_h: int, bev_w: int, dropout: float) -> None:
+    def __init__(
+        self, dims: int, heads: int, points: int, bev_h: int, bev_w: int, dropout: float, near: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.points, self.bev_h, self.bev_w = heads, points, bev_h, bev_w
         self.sampling_offsets = _linear(2 * dims, heads * 2 * points * 2, zero=True)
@@ -84,7 +92,7 @@ class TemporalSelfAttention(_Sampling):
         self.output_proj = _linear(dims, dims)
         self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(_rays(heads, 2, points))
+            self.sampling_offsets.bias.copy_(_rays(heads, 2, points, near))
 
     def forward(self, query: Tensor, position: Tensor, value: Tensor, reference: Tensor) -> Tensor:
         """query and position (B, Q, C), value (B, 2, Q, C) and reference (B, 2, Q, 2) history first -> (B, Q, C)."""
@@ -108,14 +116,19 @@ class CameraAttention(_Sampling):
     Linear outputs are laid out heads, levels, points / D, D, (x, y): the points of the pillar vary fastest.
     """
 
-    def __init__(self, dims: int, heads: int, levels: int, points: int) -> None:
+    def __init__(self, dims: int, heads: int, levels: int, points: int, near: bool = False) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = _linear(dims, heads * levels * points * 2, zero=True)
         self.attention_weights = _linear(dims, heads * levels * points, zero=True)
         self.value_proj = _linear(dims, dims)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(_rays(heads, levels, points))
+            if near:
+                # each head begins at its own quarter of the cell, whose points follow each other
+                own = torch.arange(heads)[:, None] % QUARTERS == torch.arange(points) // (points // QUARTERS)
+                self.attention_weights.bias.copy_((OWN * own)[:, None].expand(heads, levels, points).flatten())
+            else:
+                self.sampling_offsets.bias.copy_(_rays(heads, levels, points))
 
     def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views) -> Tensor:
         """query (B, Q, C), value (B, N, sum of h * w, C) with the (h, w) of its levels -> (B, Q, C)."""
@@ -156,9 +169,9 @@ class SpatialCrossAttention(nn.Module):
     A cell that no camera sees still gets the bias of `output_proj`.
     """
 
-    def __init__(self, dims: int, heads: int, levels: int, points: int, dropout: float) -> None:
+    def __init__(self, dims: int, heads: int, levels: int, points: int, dropout: float, near: bool = False) -> None:
         super().__init__()
-        self.deformable_attention = CameraAttention(dims, heads, levels, points)
+        self.deformable_attention = CameraAttention(dims, heads, levels, points, near)
         self.output_proj = _linear(dims, dims)
         self.dropout = nn.Dropout(dropout)
 
@@ -173,7 +186,9 @@ class DeformableAttention(_Sampling):
     Linear outputs are laid out heads, points, (x, y).
     """
 
-    def __init__(self, dims: int, heads: int, points: int, bev_h: int, bev_w: int, dropout: float) -> None:
+    def __init__(
+        self, dims: int, heads: int, points: int, bev_h: int, bev_w: int, dropout: float, near: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.points, self.bev_h, self.bev_w = heads, points, bev_h, bev_w
         self.sampling_offsets = _linear(dims, heads * points * 2, zero=True)
@@ -182,7 +197,7 @@ class DeformableAttention(_Sampling):
         self.output_proj = _linear(dims, dims)
         self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(_rays(heads, 1, points))
+            self.sampling_offsets.bias.copy_(_rays(heads, 1, points, near))
 
     def forward(self, query: Tensor, position: Tensor, bev: Tensor, reference: Tensor) -> Tensor:
         """query and position (B, Q, C), bev (B, cells, C), reference (B, Q, 2) in 0..1 -> (B, Q, C)."""

@@ -59,6 +59,9 @@ class Config:
     `cameras_per_query` bounds the cameras that one BEV cell looks into, those that see most of its pillar first;
     None means all of them. `wrap_turn` brings turns into -180..180 degrees, which the published models do not.
     With `proposals` the object queries begin at the best cells of a dense head instead of at learnt places.
+    With `pillar_heights` (metres) a pillar is points of these heights in each quarter of its cell, and what samples
+    begins at the place itself: a head of spatial attention looks mostly at one quarter, other points are half a cell
+    apart.
     With `local_codes` boxes are told along and across the ray to where they are told from, see `local`.
     """
 
@@ -89,6 +92,7 @@ class Config:
     wrap_turn: bool = False
     proposals: bool = False
     local_codes: bool = False
+    pillar_heights: tuple[float, ...] | None = None
 
     @property
     def extent(self) -> tuple[float, float, float]:
@@ -135,5 +139,7 @@ NANO = Config(
     wrap_turn=True,
     proposals=True,
     local_codes=True,
+    pillar_heights=(-1.4, -0.4),
+    points_in_pillar=8,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

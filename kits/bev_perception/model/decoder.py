@@ -43,10 +43,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dims, heads, drop = config.embed_dims, config.heads, config.dropout
+        near = config.pillar_heights is not None
         self.attentions = nn.ModuleList(
             (
                 SelfAttention(dims, heads, drop),
-                DeformableAttention(dims, heads, config.decoder_points, config.bev_h, config.bev_w, drop),
+                DeformableAttention(dims, heads, config.decoder_points, config.bev_h, config.bev_w, drop, near),
             )
         )
         self.ffns = nn.ModuleList((FeedForward(dims, config.ffn_dims, drop),))

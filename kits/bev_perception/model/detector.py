@@ -222,6 +222,10 @@ def _check(config: Config) -> None:
             config.backbone.levels > config.num_feature_levels,
             f"num_feature_levels {config.num_feature_levels} is below backbone.levels {config.backbone.levels}",
         ),
+        (
+            config.pillar_heights is not None and config.points_in_pillar != 4 * len(config.pillar_heights),
+            f"points_in_pillar {config.points_in_pillar} is not 4 for each of pillar_heights {config.pillar_heights}",
+        ),
         (config.images.height % 32 or config.images.width % 32, "images must be padded to multiples of 32 pixels"),
     ):
         if wrong:

@@ -33,11 +33,11 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         dims, heads, drop = config.embed_dims, config.heads, config.dropout
-        levels = config.backbone.levels
+        levels, near = config.backbone.levels, config.pillar_heights is not None
         self.attentions = nn.ModuleList(
             (
-                TemporalSelfAttention(dims, heads, config.temporal_points, config.bev_h, config.bev_w, drop),
-                SpatialCrossAttention(dims, heads, levels, config.spatial_points, drop),
+                TemporalSelfAttention(dims, heads, config.temporal_points, config.bev_h, config.bev_w, drop, near),
+                SpatialCrossAttention(dims, heads, levels, config.spatial_points, drop, near),
             )
         )
         self.ffns = nn.ModuleList((FeedForward(dims, config.ffn_dims, drop),))

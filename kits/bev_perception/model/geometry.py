@@ -28,9 +28,16 @@ def cells(bev_h: int, bev_w: int) -> Tensor:
 def pillars(config: Config) -> Tensor:
     """Points of the cells' pillars as fractions of `pc_range` (D, Q, 3).
 
-    The heights go from half a metre above the floor to half a metre below the ceiling.
+    The heights go from half a metre above the floor to half a metre below the ceiling; with `pillar_heights` the points
+    are those of each quarter of the cell, one quarter after the other.
     """
     height, D = config.extent[2], config.points_in_pillar
+    if config.pillar_heights is not None:
+        step = torch.tensor((0.25 / config.bev_w, 0.25 / config.bev_h))
+        quarters = torch.tensor([(x, y) for y in (-1.0, 1.0) for x in (-1.0, 1.0)]) * step
+        heights = (torch.tensor(config.pillar_heights) - config.pc_range[2]) / height
+        middle = cells(config.bev_h, config.bev_w)
+        return torch.stack([F.pad(middle + q, (0, 1), value=float(z)) for q in quarters for z in heights])
     z = (torch.linspace(0.5, height - 0.5, D) / height)[:, None, None].expand(D, config.bev_h * config.bev_w, 1)
     return torch.cat((cells(config.bev_h, config.bev_w).expand(D, -1, -1), z), -1)
 
