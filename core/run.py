@@ -81,8 +81,8 @@ class Run:
         more, tables = self._compare(original, artifact, precisions["compressed"], samples)
         figures |= more
         stacked = self._stage(
-            "ledger", lambda: ledger(self.kit, original, trace, self.out / "steps", samples, artifact.meta)
-        )
+            "ledger", lambda: {"table": ledger(self.kit, original, trace, self.out / "steps", samples, artifact.meta)}
+        )["table"]
         for stage, model in stages.items():
             figures |= (self._estimates(model) | self._power(model)).restage(stage)
         notes = [

@@ -132,3 +132,5 @@ def test_a_run_whose_kit_cannot_tell_a_score_still_ends_in_a_report(
     verdicts = {j.gate.name: j.verdict for j in report.judgements}
     assert verdicts["accuracy"] == "UNPROVEN"
     assert {row[4] for row in report.tables[0]["rows"]} == {""}
+    again = Run(KIT, Recipe("ptq", (PTQ,), "", ""), KIT.default_target, None, "smoke", tmp_path, resume=True)()
+    assert [f.to_json() for f in again.figures] == [f.to_json() for f in report.figures], "nothing is measured twice"
