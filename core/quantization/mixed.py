@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +13,7 @@ from core.compress import Outcome, Skipped, handles
 from core.kit import Context, InputError, Step
 from core.quantization.half import Half, halvable, halve
 from core.quantization.half import restore as restore_half
-from core.quantization.layer_sensitivity import choose_precisions, precision_errors, sensitivity_rows
+from core.quantization.layer_sensitivity import Precisions, choose_precisions, precision_errors, sensitivity_rows
 from core.quantization.prepare import Plan
 from core.quantization.ptq import CalibrationInputs, Quantize, quantize_model
 from core.quantization.ptq import restore as restore_quantized
@@ -24,12 +25,14 @@ class MixedPrecision(Plan, Step):
 
     Each layer alone is tried in INT8 and in FP16 on `probes` calibration inputs; those that cost most are raised to
     FP16 or FP32 until the summed relative squared error of the outputs is at most `budget`. The rest is `Quantize`
-    and `Half` with the layers that were chosen. `keep` stays in FP32.
+    and `Half` with the layers that were chosen. `keep` stays in FP32. `judged` names the outputs of the graph that
+    count (default: all): rows in the order of their scores say nothing, for the least change turns them over.
     """
 
     half: tuple[str, ...] = ()
     budget: float = 1e-2
     probes: int = 4
+    judged: tuple[str, ...] = ()
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -54,8 +57,9 @@ def mix_precisions(model: nn.Module, step: MixedPrecision, context: Context) -> 
     probes = CalibrationInputs(context, step.probes, model)
     errors = precision_errors(model, probes, step, wanted)
     graphs = [g for g in context.kit.exports() if not g.part]
-    chosen = choose_precisions(errors, step.budget)
-    total = sum(sum(row[p]) / len(row[p]) for n, row in errors.items() if (p := chosen[n]) != "fp32")
+    counted = _counted(errors, step.judged, graphs[0].outputs if len(graphs) == 1 else ())
+    chosen = choose_precisions(counted, step.budget)
+    total = sum(sum(row[p]) / len(row[p]) for n, row in counted.items() if (p := chosen[n]) != "fp32")
     counts = {p: sum(c == p for c in chosen.values()) for p in ("int8", "fp16", "fp32")}
     what = "sensitivity: " + ", ".join(f"{n} layers in {p.upper()}" for p, n in counts.items())
     changed: list[dict[str, Any]] = [{"layer": "", "what": what, "summed_error": total, "budget": step.budget}]
@@ -73,6 +77,17 @@ def mix_precisions(model: nn.Module, step: MixedPrecision, context: Context) -> 
         changed += done.changed
         skipped += done.skipped
     return Outcome(model, changed, skipped, structure)
+
+
+def _counted(errors: Precisions, judged: Sequence[str], outputs: Sequence[str]) -> Precisions:
+    """The errors of the outputs that are judged."""
+    if not judged:
+        return errors
+    if wrong := [name for name in judged if name not in outputs]:
+        known = ", ".join(outputs) or "none: it has several graphs"
+        raise InputError(f"MixedPrecision.judged: no output {wrong[0]!r}; the model's outputs are {known}")
+    places = [list(outputs).index(name) for name in judged]
+    return {n: {p: [values[i] for i in places] for p, values in row.items()} for n, row in errors.items()}
 
 
 def _quantize(step: MixedPrecision, names: list[str]) -> Quantize:

@@ -290,3 +290,19 @@ def test_mixed_precision_chooses_and_is_restored(tmp_path: Path) -> None:
     none, trace = compress(net(), Recipe("m", (MixedPrecision(layers=("backbone.*",), half=("head.*",), budget=0.0,
                            probes=2, samples=3),), "", ""), StreamKit())  # fmt: skip
     assert not quant_layers(none) and {s.why for s in trace[0].skipped} == {"stays in FP32: chosen under the budget"}
+
+
+def test_outputs_that_say_nothing_are_listed_and_not_counted() -> None:
+    shared = {"layers": ("backbone.*",), "half": ("head.*",), "probes": 2, "samples": 3}
+    name, other = StreamKit().exports()[0].outputs[:2]
+    _, trace = compress(
+        net(), Recipe("m", (MixedPrecision(**shared, budget=1.0, judged=(name,)),), "", ""), StreamKit()
+    )
+    whole = trace[0].changed[0]["summed_error"]
+    rows = [row for row in trace[0].changed if "int8_by_output" in row]
+    assert rows and all(set(row["int8_by_output"]) >= {name, other} for row in rows)
+    rest = [row for row in trace[0].changed if "fp16_by_output" in row and "int8_by_output" not in row]
+    wanted = sum(row["int8_by_output"][name] for row in rows) + sum(row["fp16_by_output"][name] for row in rest)
+    assert whole == pytest.approx(wanted)
+    with pytest.raises(InputError, match="no output 'depth'"):
+        compress(net(), Recipe("m", (MixedPrecision(**shared, judged=("depth",)),), "", ""), StreamKit())
