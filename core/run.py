@@ -21,7 +21,7 @@ from core.export import Artifact, audit_trace, export_kit
 from core.figures import Estimated, Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.hardware import Target, estimate, profile, target, will_it_be_faster
-from core.hardware.profile import Matrix
+from core.hardware.profile import Matrix, remembered
 from core.kit import InputError, Kit, Recipe
 from core.ledger import ledger
 from core.quantization import half_layers, layer_sqnr, packed_layers, quant_layers, unquantized
@@ -78,43 +78,45 @@ class Run:
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
         figures = self._figures(artifact, precisions, scores, timing, len(samples), split)
-        more, tables = self._compare(original, artifact, precisions["compressed"], samples)
-        figures |= more
-        stacked = self._stage(
-            "ledger", lambda: {"table": ledger(self.kit, original, trace, self.out / "steps", samples, artifact.meta)}
-        )["table"]
-        for stage, model in stages.items():
-            figures |= (self._estimates(model) | self._power(model)).restage(stage)
-        notes = [
-            f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()
-        ]
-        notes += [
-            f"{self.target}: {sentence}"
-            for sentence in will_it_be_faster(small, self.kit.exports(), box, *_precision(small))
-        ]
-        report = judge(
-            figures,
-            self.kit.gates,
-            [*trace, *audit_trace(artifact)],
-            kit=self.kit.name,
-            recipe=recipe,
-            target=self.target,
-            layers=self._layers(small, trace),
-            tables=[
-                _variants_table(artifact, scores, timing, self.kit.headline),
-                *([stacked] if stacked is not None else []),
-                *tables,
-            ],
-            pictures=self.kit.pictures(
-                artifact.as_module(_compressed(artifact, precisions["compressed"]), THREADS), samples, artifact.meta
-            ),
-            notes=[
-                f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and of "
-                "every choice it makes.",
-                *notes,
-            ],
-            title=self.kit.title,
-        )
+        with remembered():  # no model changes from here on
+            more, tables = self._compare(original, artifact, precisions["compressed"], samples)
+            figures |= more
+            stacked = self._stage(
+                "ledger",
+                lambda: {"table": ledger(self.kit, original, trace, self.out / "steps", samples, artifact.meta)},
+            )["table"]
+            for stage, model in stages.items():
+                figures |= (self._estimates(model) | self._power(model)).restage(stage)
+            notes = [
+                f"{n['variant']}{': ' + n['layer'] if n['layer'] else ''}: {n['note']}" for n in artifact.trace_notes()
+            ]
+            notes += [
+                f"{self.target}: {sentence}"
+                for sentence in will_it_be_faster(small, self.kit.exports(), box, *_precision(small))
+            ]
+            report = judge(
+                figures,
+                self.kit.gates,
+                [*trace, *audit_trace(artifact)],
+                kit=self.kit.name,
+                recipe=recipe,
+                target=self.target,
+                layers=self._layers(small, trace),
+                tables=[
+                    _variants_table(artifact, scores, timing, self.kit.headline),
+                    *([stacked] if stacked is not None else []),
+                    *tables,
+                ],
+                pictures=self.kit.pictures(
+                    artifact.as_module(_compressed(artifact, precisions["compressed"]), THREADS), samples, artifact.meta
+                ),
+                notes=[
+                    f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and "
+                    "of every choice it makes.",
+                    *notes,
+                ],
+                title=self.kit.title,
+            )
         report.save(self.out)
         return report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -81,12 +82,36 @@ def profile(model: nn.Module, inputs: Sequence[Tensor]) -> list[LayerProfile]:
     return trace(model, inputs).layers
 
 
+_Key = tuple[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+_REMEMBERED: ContextVar[dict[_Key, tuple[nn.Module, Run]] | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within it a model is run once for inputs of the same shapes, however often it is looked at.
+
+    For models that do not change meanwhile: a run of one that is large takes minutes.
+    """
+    token = _REMEMBERED.set({})
+    try:
+        yield
+    finally:
+        _REMEMBERED.reset(token)
+
+
 def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
     """Run `model` once in eval mode without gradients and return what happened; the model is left as it was."""
+    known = _REMEMBERED.get()
+    key = (id(model), tuple((tuple(t.shape), t.dtype) for t in inputs))
+    if known is not None and key in known:
+        return known[key][1]
     tracer = _Tracer(model, inputs)
     with _quiet(model), tracer.watching(model), tracer:
         outputs = model(*inputs)
-    return tracer.finish(outputs)
+    found = tracer.finish(outputs)
+    if known is not None:
+        known[key] = model, found  # with the model, so that its identity is not used again
+    return found
 
 
 @dataclass
@@ -235,7 +260,7 @@ class _Tracer(TorchDispatchMode):
             LayerProfile(
                 frame.name,
                 _torch_class(module) or type(module).__name__,
-                sum(p.numel() for p in _own_parameters(module)),
+                sum(shape.numel() for shape in _own_shapes(module)),
                 weights,
                 macs,
                 shape,
@@ -378,7 +403,15 @@ def _own_parameters(module: nn.Module) -> list[Tensor]:
 
 
 def _weight_elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in _own_parameters(module) if p.dim() >= 2)
+    return sum(shape.numel() for shape in _own_shapes(module) if len(shape) >= 2)
+
+
+def _own_shapes(module: nn.Module) -> list[torch.Size]:
+    """The shapes of `_own_parameters`, without expanding a weight that is packed."""
+    packed = getattr(module, "weight_shape", None)
+    if not isinstance(module, Matrix) or packed is None:
+        return [p.shape for p in _own_parameters(module)]
+    return [packed] if module.bias is None else [packed, module.bias.shape]
 
 
 def _channels(module: nn.Module) -> tuple[int, int] | None:

@@ -14,6 +14,8 @@ from core.hardware import (
     stored_bytes,
     trace,
 )
+from core.hardware.profile import remembered
+from core.quantization import pack_module
 from tests.core.devices import Attention, FakeQuantized, Residual, torch_macs
 
 
@@ -119,3 +121,35 @@ def test_plan_drops_weights_of_a_simulation_and_unread_indices():
             return F.max_pool2d(F.relu(x) * F.sigmoid(x), 2)
 
     assert plan(trace(nn.Sequential(Pool()), (x,))).peak == 4 * 3 * 256
+
+
+def test_a_model_is_run_once_while_it_is_remembered() -> None:
+    runs: list[int] = []
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            runs.append(len(x))
+            return self.layer(x)
+
+    model, other = Counts(), Counts()
+    with remembered():
+        first = profile(model, (torch.rand(1, 3),))
+        assert profile(model, (torch.rand(1, 3),)) == first and runs == [1]
+        profile(model, (torch.rand(2, 3),))
+        profile(other, (torch.rand(1, 3),))
+        assert runs == [1, 2, 1]
+    profile(model, (torch.rand(1, 3),))
+    assert runs == [1, 2, 1, 1], "forgotten at its end"
+
+
+def test_a_packed_weight_is_not_expanded_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack_module(nn.Linear(8, 4), bits=4, group_size=8)
+    calls: list[int] = []
+    real = type(packed).dequantized
+    monkeypatch.setattr(type(packed), "dequantized", lambda self, *given: (calls.append(1), real(self, *given))[1])
+    (layer,) = profile(nn.Sequential(packed), (torch.rand(1, 8),))
+    assert (layer.parameters, layer.weight_elements) == (36, 32) and len(calls) == 1, "for the run itself"
