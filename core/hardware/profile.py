@@ -398,7 +398,9 @@ def _torch_class(module: nn.Module) -> str | None:
 
 def _own_parameters(module: nn.Module) -> list[Tensor]:
     if isinstance(module, Matrix):
-        return [t for t in (module.weight, module.bias) if t is not None]
+        packed = getattr(module, "weight_shape", None)  # whose weight would be expanded to be seen
+        weight = torch.empty(packed, device="meta") if packed is not None else module.weight
+        return [t for t in (weight, module.bias) if t is not None]
     return list(module.parameters())
 
 
