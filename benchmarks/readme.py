@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = {
     "README.md": {"pcb_inspection": (markdown_gates, markdown_tables), "mobile_diffusion": (markdown_gates,)},
     "kits/pcb_inspection/README.md": {"pcb_inspection": (markdown_tables, markdown_results)},
-    "kits/bev_perception/README.md": {"bev_perception": (markdown_gates, markdown_tables)},
     "kits/mobile_diffusion/README.md": {"mobile_diffusion": (markdown_tables, markdown_results)},
 }
 """README -> kit whose stored report fills the block of that name -> what of it is shown."""
