@@ -35,9 +35,9 @@ def pillars(config: Config) -> Tensor:
     if config.pillar_heights is not None:
         step = torch.tensor((0.25 / config.bev_w, 0.25 / config.bev_h))
         quarters = torch.tensor([(x, y) for y in (-1.0, 1.0) for x in (-1.0, 1.0)]) * step
-        heights = (torch.tensor(config.pillar_heights) - config.pc_range[2]) / height
+        heights = [(z - config.pc_range[2]) / height for z in config.pillar_heights]
         middle = cells(config.bev_h, config.bev_w)
-        return torch.stack([F.pad(middle + q, (0, 1), value=float(z)) for q in quarters for z in heights])
+        return torch.stack([F.pad(middle + q, (0, 1), value=z) for q in quarters for z in heights])
     z = (torch.linspace(0.5, height - 0.5, D) / height)[:, None, None].expand(D, config.bev_h * config.bev_w, 1)
     return torch.cat((cells(config.bev_h, config.bev_w).expand(D, -1, -1), z), -1)
 
