@@ -218,10 +218,11 @@ def test_export_agrees_with_torch(kit: Kit, artifact: Artifact, samples: list[An
             assert len(found) == len(expected)
             for output, want, got in zip(graph.outputs, expected, found, strict=True):
                 assert got.shape == want.shape
-                if output in getattr(kit, "ranked", ()):
+                ranked = output in getattr(kit, "ranked", ())
+                if ranked:  # the last of the ranking may be others, so 5 dB less are asked of rounded numbers
                     want, got = want.sort(1).values, got.sort(1).values
                 noise = (got - want).norm() / want.norm()
-                limit = 1e-3 if variant.precision == "fp32" else 10 ** (-25 / 20)  # 25 dB
+                limit = 1e-3 if variant.precision == "fp32" else 10 ** (-(20 if ranked else 25) / 20)
                 assert noise < limit, f"{variant.name}, {output}: relative error {noise:.2g}"
 
 
