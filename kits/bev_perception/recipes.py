@@ -32,7 +32,7 @@ RECIPES = {
         Recipe(
             "mixed",
             (MIXED,),
-            "a minute or two: the sensitivity of every layer, then calibration on 64 frames along their scenes",
+            "the sensitivity of every layer, then calibration on 64 frames along their scenes: minutes",
             "INT8 in the backbone and its neck, the transformer in FP16, what cannot bear it raised",
         ),
         Recipe(

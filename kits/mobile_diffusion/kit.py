@@ -32,7 +32,7 @@ DECODED = 16
 """Latents a side that are decoded for calibration."""
 LARGE_PROMPTS = {"smoke": 1, "full": 4}
 TRIAL_STEPS = 4
-"""Steps of a large model's picture in the preset "smoke": all 25 take an hour there."""
+"""Steps of a large model's picture in the preset "smoke"."""
 
 
 class MobileDiffusion:
