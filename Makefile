@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-KITS := pcb_inspection mobile_diffusion
+KITS := pcb_inspection mobile_diffusion bev_perception
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-full check

@@ -63,8 +63,6 @@ class BevPerception:
     rate_hz = RATE_HZ
     gates = GATES
     runtimes: tuple[str, ...] = RUNTIMES
-    ranked = ("cls_scores", "bbox_preds")
-    """Outputs whose rows come in the order of the dense head's scores, which rounding may turn over."""
 
     def __init__(self, model: BEVFormer | None = None) -> None:
         self._model = model
