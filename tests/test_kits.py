@@ -289,7 +289,12 @@ def test_run_leaves_report_and_artifact(finished: Path, kit: Kit) -> None:
     assert data["kit"] == kit.name
     assert data["recipe"]["name"] == kit.default_recipe
     assert data["target"] == kit.default_target
-    assert [entry["step"] for entry in data["trace"]] == data["recipe"]["steps"]
+    done = [entry["step"] for entry in data["trace"]]
+    count = len(data["recipe"]["steps"])
+    assert done[:count] == data["recipe"]["steps"]
+    # then what the audit of each exported variant found
+    assert [step["step"] for step in done[count:]] == ["Export"] * len(done[count:])
+    assert [step["variant"] for step in done[count:]] == list(Artifact.open(finished / "artifact").variants)
     assert "<html" in (finished / "report.html").read_text(encoding="utf-8")
     assert Artifact.open(finished / "artifact").variants
 
