@@ -26,17 +26,22 @@ from core.pruning.cost import count_macs
 from core.pruning.parts import output_channels
 from kits.bev_perception.model.attention import CameraAttention, DeformableAttention, TemporalSelfAttention
 from kits.bev_perception.model.detector import parameters_of
+from kits.bev_perception.model.fusion import Fusion
+from kits.bev_perception.model.lift import Distances
 from kits.bev_perception.model.proposals import FINE, Proposals
 
 BACKBONE = ("img_backbone > img_neck",)
 FEED_FORWARD = ("*.ffns.0",)
 VALUES = ("*.layers.*.attentions.*",)
 HEADS = ("*.cls_branches.*", "*.reg_branches.*", "*.can_bus_mlp")
-PROPOSALS = ("*.proposals",)
+DENSE = ("*.proposals", "*.fusion", "*.distances")
+"""What `nano` has and the published models have not."""
 
 
 def coupled(model: nn.Module) -> list[Group]:
-    """The groups that sampling and pixel shuffling hide from tracing: the values of every attention, the dense head."""
+    """The groups that sampling and pixel shuffling hide from tracing: values of the attentions, the dense head, and what
+    lies inside of the fusion and of the pixels' distances.
+    """
     groups: list[Group] = []
     for name, module in model.named_modules():
         if isinstance(module, TemporalSelfAttention | DeformableAttention):
@@ -45,7 +50,19 @@ def coupled(model: nn.Module) -> list[Group]:
             groups.append(_values(module, f"{name}.value_proj", f"{name.rpartition('.')[0]}.output_proj"))
         elif isinstance(module, Proposals):
             groups += _dense(module, name)
+        elif isinstance(module, Fusion):
+            groups.append(_inside(name, "conv1", ("bn1",), "conv2", module.conv1.out_channels))
+        elif isinstance(module, Distances):
+            hidden = cast(nn.Conv2d, module.layers[0]).out_channels
+            groups.append(_inside(name, "layers.0", (), "layers.2", hidden))
     return groups
+
+
+def _inside(name: str, maker: str, norms: Sequence[str], reader: str, count: int) -> Group:
+    """Channels that one layer of a module makes and one other reads."""
+    ids = tuple(range(count))
+    outs = tuple(Member(f"{name}.{layer}", "out", ids, ids) for layer in (maker, *norms))
+    return Group(f"{name}.{maker}", count, (*outs, Member(f"{name}.{reader}", "in", ids, ids)), (ids,))
 
 
 def _values(attention: TemporalSelfAttention | CameraAttention | DeformableAttention, maker: str, reader: str) -> Group:
@@ -65,11 +82,6 @@ def _dense(head: Proposals, name: str) -> list[Group]:
     def one(count: int) -> tuple[int, ...]:
         return tuple(range(count))
 
-    def simple(maker: str, norms: Sequence[str], reader: str, count: int) -> Group:
-        ids = one(count)
-        outs = tuple(Member(f"{name}.{layer}", "out", ids, ids) for layer in (maker, *norms))
-        return Group(f"{name}.{maker}", count, (*outs, Member(f"{name}.{reader}", "in", ids, ids)), (ids,))
-
     hidden, positions = head.conv1.out_channels, cast(nn.Linear, head.position[0]).out_features
     features, fold = head.bn2.num_features, FINE**2
     ids, wide = one(features), one(features * fold)
@@ -79,19 +91,19 @@ def _dense(head: Proposals, name: str) -> list[Group]:
         *(Member(f"{name}.{reader}", "in", ids, ids) for reader in ("classify", "regress", "content")),
     )
     return [
-        simple("conv1", ("bn1",), "conv2", hidden),
+        _inside(name, "conv1", ("bn1",), "conv2", hidden),
         Group(f"{name}.conv2", features, members, (ids,)),
-        simple("position.0", (), "position.2", positions),
+        _inside(name, "position.0", (), "position.2", positions),
     ]
 
 
-def prune_steps(ratio: float = 0.6, proposals: bool = True, like: Prune | None = None) -> tuple[Prune, ...]:
+def prune_steps(ratio: float = 0.6, dense: bool = True, like: Prune | None = None) -> tuple[Prune, ...]:
     """The steps in the order of the notes: backbone and neck, feed-forward, values, heads; a distillation fits between.
 
     Each takes `ratio` of the output channels of the layers of its own parts. `like` gives the other fields.
     """
     basis = replace(like, ratio=ratio, of="outputs") if like is not None else Prune(ratio, of="outputs")
-    heads = HEADS + (PROPOSALS if proposals else ())
+    heads = HEADS + (DENSE if dense else ())
     return tuple(replace(basis, parts=parts) for parts in (BACKBONE, FEED_FORWARD, VALUES, heads))
 
 

@@ -20,4 +20,6 @@ MICRO = replace(
     decoder_layers=2,
     max_num=16,
     proposals=False,
+    depth_bins=0,
+    fusion=False,
 )

@@ -33,7 +33,7 @@ def micro(config: Config = MICRO) -> BEVFormer:
 def test_sizes() -> None:
     with torch.device("meta"):
         found = {name: parameters_of(BEVFormer(config)) for name, config in CONFIGS.items()}
-    assert found == {"tiny": 33_521_157, "small": 59_463_619, "base": 69_034_947, "nano": 3_521_066}
+    assert found == {"tiny": 33_521_157, "small": 59_463_619, "base": 69_034_947, "nano": 3_670_598}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_two_cameras_a_cell_are_as_good_as_all_where_no_third_sees_it() -> None:
     every = replace(MICRO, cameras_per_query=None)
     model, inputs = micro(), example_inputs(MICRO)
     shape = (MICRO.images.height, MICRO.images.width)
-    _, inside = geometry.project(model.pts_bbox_head.pillars, inputs["lidar2img"], shape)
+    _, inside, _ = geometry.project(model.pts_bbox_head.pillars, inputs["lidar2img"], shape)
     assert inside.any(-1).sum(1).max() == 2
     full = BEVFormer(every).eval()
     full.load_state_dict(model.state_dict())

@@ -219,7 +219,7 @@ def test_every_intermediate_result(cases: Callable[[str, str], Case], name: str)
     check("tsa_ref_2d", taken[layer][3].transpose(0, 1).reshape(2, -1, 1, 2))
     if case.history:
         check("tsa_value", taken[layer + ".value_proj"][0].flatten(0, 1))
-    points, inside = geometry.project(head.pillars, case.lidar2img, (config.images.height, config.images.width))
+    points, inside, _ = geometry.project(head.pillars, case.lidar2img, (config.images.height, config.images.width))
     check("reference_points_cam", points.transpose(0, 1))
     check("bev_mask", inside.transpose(0, 1))
     assert np.array_equal(inside.transpose(0, 1).numpy(), case.wanted("bev_mask"))

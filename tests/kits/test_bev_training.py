@@ -17,10 +17,11 @@ from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.streams import AS_IT_IS, Shot, Variation, collate, streams, with_past
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.model.configs import CLASSES
-from kits.bev_perception.model.dense_loss import SHAPE, PixelHead, cell_loss, covered, heat_loss, heatmap
+from kits.bev_perception.model.dense_loss import BIN_WEIGHT, SHAPE, PixelHead, cell_loss, covered, heat_loss, heatmap
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.geometry import shift
 from kits.bev_perception.model.learner import Learner
+from kits.bev_perception.model.lift import LENS, bin_of
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.proposals import FINE, Dense, Proposals
 from kits.bev_perception.model.state import BevState
@@ -211,6 +212,7 @@ def test_a_pixel_that_knows_its_box_loses_nothing() -> None:
     matrix = torch.tensor([[100.0, 48, 0, 0], [0, 32, -100, 0], [0, 1, 0, 0], [0, 0, 0, 1]])[None, None]
     centre = torch.tensor([100 * 3 / 20 + 48, 100 / 20 + 32]) / 8
     known = torch.zeros(1, 1, config.embed_dims, 8, 12)
+    far = 20 * LENS * 96 / 100  # metres through the lens that distances are told for
 
     class Knows(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +220,7 @@ def test_a_pixel_that_knows_its_box_loses_nothing() -> None:
             row, column = torch.meshgrid(torch.arange(8) + 0.5, torch.arange(12) + 0.5, indexing="ij")
             scale = 100 / 20 / 8
             ray = math.atan2(20, 3)
-            values = [math.log(20), (centre[0] - column) / scale, (centre[1] - row) / scale, 2.0, math.log(1.8),
+            values = [math.log(far), (centre[0] - column) / scale, (centre[1] - row) / scale, far / 10, math.log(1.8),
                       math.log(4.4), math.log(1.6), math.sin(0.5 + ray), math.cos(0.5 + ray)]  # fmt: skip
             for i, value in enumerate(values):
                 said[0, 10 + i] = value
@@ -227,6 +229,13 @@ def test_a_pixel_that_knows_its_box_loses_nothing() -> None:
     head.layers = Knows()  # type: ignore[assignment]
     found = head(known, matrix, [truth])
     assert found["depth"].item() == pytest.approx(0, abs=1e-5) and found["shape"].item() == pytest.approx(0, abs=1e-5)
+    share = float(bin_of(torch.tensor(far), 6)) % 1  # of two bins: what cannot be known better costs its entropy
+    bins = torch.full((1, 1, 6, 8, 12), -30.0)
+    first = int(bin_of(torch.tensor(far), 6))
+    bins[:, :, first], bins[:, :, first + 1] = math.log(1 - share), math.log(share)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert head(known, matrix, [truth], bins)["bin"].item() == pytest.approx(BIN_WEIGHT * entropy, abs=1e-4)
+    assert head(known, matrix, [truth], bins.flip(2))["bin"].item() > 2
 
 
 def test_pixels_learn_what_stands_where(samples: list[Keyframe]) -> None:

@@ -22,7 +22,7 @@ SETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "test": {**SMALL, "scenes": 4, "seed": 33, "event_share": 0.5},
     },
     "full": {
-        "train": {**LARGE, "scenes": 70, "seed": 1000, "paired": "none"},
+        "train": {**LARGE, "scenes": 110, "seed": 1000, "paired": "none"},
         "val": {**LARGE, "scenes": 16, "seed": 77},
         "test": {**LARGE, "scenes": 24, "seed": 5, "event_share": 0.5},
     },
@@ -40,7 +40,7 @@ def default_set(split: str, preset: str) -> Path:
     """
     if split not in SETS[preset]:
         raise InputError(f"split {split!r}: the generated set has {', '.join(SETS[preset])}")
-    sources = sorted(Path(str(generate.__file__)).parent.glob("*.py"))
+    sources = [Path(__file__), *sorted(Path(str(generate.__file__)).parent.glob("*.py"))]
     place = cache_folder(f"bev_perception-{preset}-{split}", sources)
     if not place.is_dir():
         with tempfile.TemporaryDirectory(dir=place.parent) as work:

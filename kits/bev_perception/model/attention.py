@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kits.bev_perception.model.lift import Far, weigh
+
 QUARTERS, OWN = 4, 3.0
 """Quarters of a cell, and the logit by which a head begins to prefer the points of its own."""
 
@@ -23,12 +25,14 @@ class Views:
     """Where BEV cells lie in the cameras' images.
 
     `points` (B, Q, K, D, 2) are x, y in 0..1 of the image, `cameras` (B, Q, K) the numbers of the cameras they are
-    points of, `weights` (B, Q, K) one over the number of cameras that see the cell, and 0 for those that do not.
+    points of, `weights` (B, Q, K) one over the number of cameras that see the cell, and 0 for those that do not;
+    `depth` (B, Q, K, D) is how far away they are, see `lift.told`.
     """
 
     points: Tensor
     cameras: Tensor
     weights: Tensor
+    depth: Tensor
 
 
 def _linear(inputs: int, outputs: int, *, zero: bool = False) -> nn.Linear:
@@ -130,8 +134,13 @@ class CameraAttention(_Sampling):
             else:
                 self.sampling_offsets.bias.copy_(_rays(heads, levels, points))
 
-    def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views) -> Tensor:
-        """query (B, Q, C), value (B, N, sum of h * w, C) with the (h, w) of its levels -> (B, Q, C)."""
+    def forward(
+        self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views, far: Far | None = None
+    ) -> Tensor:
+        """query (B, Q, C), value (B, N, sum of h * w, C) with the (h, w) of its levels -> (B, Q, C).
+
+        With `far` samples of the finest level count by how likely what they show is as far away as the cell.
+        """
         B, Q, _ = query.shape
         N = value.shape[1]
         K, D = views.points.shape[2:4]
@@ -143,12 +152,19 @@ class CameraAttention(_Sampling):
         result, start = value.new_zeros(()), 0
         for level, (h, w) in enumerate(shapes):
             places = views.points[:, :, None, :, None] + offsets[:, :, :, level] / offsets.new_tensor((w, h))
-            grid = _tall(places, views.cameras, N, h, w).permute(0, 2, 1, 3, 4, 5, 6).reshape(B * H, Q, K * P, 2)
+            tall = _tall(places, views.cameras, N, h, w).permute(0, 2, 1, 3, 4, 5, 6)
+            grid = tall.reshape(B * H, Q, K * P, 2)
+            counts = weights[:, :, level].reshape(B * H, Q, K * P)
+            if far is not None and level == 0:
+                depth = views.depth[:, None, :, :, None].expand(tall.shape[:-1])
+                pixels = torch.stack(((tall[..., 0] + 1) * (w / 2), tall[..., 1]), -1)
+                likely = weigh(far.picture, pixels.reshape(B, -1, 2), depth.reshape(B, -1), far.bins, (N, h, w))
+                counts = counts * likely.view_as(counts)
             maps = value[:, :, start : start + h * w].reshape(B, N, h, w, H, d).permute(0, 4, 5, 1, 2, 3)
             # one picture of all cameras, one above the other, a row of zeros below each: a cell then samples only the
             # cameras that see it, with shapes that do not depend on the data
             maps = F.pad(maps, (0, 0, 0, 1)).reshape(B * H, d, N * (h + 1), w)
-            part = _spread(_sample(maps, grid), weights[:, :, level].reshape(B * H, Q, K * P))
+            part = _spread(_sample(maps, grid), counts)
             result, start = result + part, start + h * w
         return result.view(B, H * d, Q).transpose(1, 2)
 
@@ -175,9 +191,11 @@ class SpatialCrossAttention(nn.Module):
         self.output_proj = _linear(dims, dims)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views) -> Tensor:
+    def forward(
+        self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], views: Views, far: Far | None = None
+    ) -> Tensor:
         """As `CameraAttention.forward`, with the residual."""
-        return query + self.dropout(self.output_proj(self.deformable_attention(query, value, shapes, views)))
+        return query + self.dropout(self.output_proj(self.deformable_attention(query, value, shapes, views, far)))
 
 
 class DeformableAttention(_Sampling):

@@ -63,6 +63,8 @@ class Config:
     begins at the place itself: a head of spatial attention looks mostly at one quarter, other points are half a cell
     apart.
     With `local_codes` boxes are told along and across the ray to where they are told from, see `local`.
+    With `depth_bins` pixels tell their distance in that many bins, and cells take of them what is theirs, see `lift`.
+    With `fusion` convolutions over the BEV and the memory, brought to where the car stands, follow the encoder.
     """
 
     name: str
@@ -93,6 +95,8 @@ class Config:
     proposals: bool = False
     local_codes: bool = False
     pillar_heights: tuple[float, ...] | None = None
+    depth_bins: int = 0
+    fusion: bool = False
 
     @property
     def extent(self) -> tuple[float, float, float]:
@@ -141,5 +145,7 @@ NANO = Config(
     local_codes=True,
     pillar_heights=(-1.4, -0.4),
     points_in_pillar=8,
+    depth_bins=28,
+    fusion=True,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from kits.bev_perception.model import boxes
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.detector import CODE_WEIGHTS
+from kits.bev_perception.model.lift import bin_of, focal, told
 from kits.bev_perception.model.local import bearing, local_yaw
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.proposals import NAIVE, Dense
 
 BOX_WEIGHT = 1.0
 DEPTH_WEIGHT = 0.5
+BIN_WEIGHT = 0.5
 SHAPE_WEIGHT = 0.25
 SHAPE = 8
 """What a pixel says of the box there beside the log of its distance: how far its centre lies to the right and below in
@@ -90,8 +92,11 @@ class PixelHead(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, K + 1 + SHAPE, 1))
         nn.init.constant_(cast(Tensor, self.layers[2].bias)[:K], NAIVE)
 
-    def forward(self, features: Tensor, lidar2img: Tensor, truths: Sequence[Truth]) -> dict[str, Tensor]:
-        """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4).
+    def forward(
+        self, features: Tensor, lidar2img: Tensor, truths: Sequence[Truth], distances: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4), and "bin" of
+        the detector's own `distances` (B, N, E, h, w), see `lift.Distances`.
 
         Every pixel that a box covers learns what it can of it, all pixels of a box as much as those of another.
         """
@@ -99,7 +104,8 @@ class PixelHead(nn.Module):
         K, (h, w) = said.shape[2] - 1 - SHAPE, said.shape[-2:]
         images = self.config.images
         stride = said.new_tensor((images.width / w, images.height / h))
-        maps, wrong, count = [], said.new_zeros(2), 0
+        sure = distances.log_softmax(2) if distances is not None else None
+        maps, wrong, count = [], said.new_zeros(3), 0
         for index, truth in enumerate(truths):
             turned = torch.stack(local_yaw(truth.boxes[:, 6], *bearing(truth.boxes[:, 0], truth.boxes[:, 1])), -1)
             homogeneous = F.pad(truth.boxes[:, :3], (0, 1), value=1.0)
@@ -108,8 +114,8 @@ class PixelHead(nn.Module):
                 place = seen[:, :2] / seen[:, 2:].clamp(min=0.5) / stride
                 inside = (seen[:, 2] > 0.5) & (place >= 0).all(-1) & (place[:, 0] < w) & (place[:, 1] < h)
                 box, place, depth = truth.boxes[inside], place[inside], seen[inside, 2]
-                # pixels of the map in a metre at the box: both rows are a focal length and the optical axis
-                scale = _focal(matrix) / depth[:, None] / stride
+                far = told(depth, matrix, images.width)
+                scale = focal(matrix) / depth[:, None] / stride  # pixels of the map in a metre at the box
                 spreads = (box[:, 5] * scale[:, 1] / 6).clamp(0.6, 2.0)
                 maps.append(heatmap(place.floor(), spreads, truth.labels[inside], (K, h, w)))
                 reach = torch.stack(((box[:, 3] + box[:, 4]) / 4, box[:, 5] / 2), -1) * scale
@@ -119,9 +125,9 @@ class PixelHead(nn.Module):
                 here = torch.stack((column, row), -1) + 0.5
                 real = torch.cat(
                     (
-                        depth[owner, None].log(),
+                        far[owner, None].log(),
                         (place[owner] - here) / scale[owner],
-                        depth[owner, None] / 10,
+                        far[owner, None] / 10,
                         box[owner, 3:6].log(),
                         turned[inside][owner],
                     ),
@@ -129,20 +135,27 @@ class PixelHead(nn.Module):
                 )
                 apart = (said[index, camera, K:, row, column].T - real).abs()
                 share = 1 / owner.bincount(minlength=len(box))[owner]
-                wrong = wrong + torch.stack(((apart[:, 0] * share).sum(), (apart[:, 1:].sum(1) * share).sum()))
+                lost = [(apart[:, 0] * share).sum(), (apart[:, 1:].sum(1) * share).sum()]
+                if sure is not None:
+                    lost.append((_unsure(sure[index, camera, :, row, column], far[owner]) * share).sum())
+                wrong = wrong + F.pad(torch.stack(lost), (0, 3 - len(lost)))
                 count += len(owner.unique())
-        depth_wrong, shape_wrong = (wrong / max(1, count)).unbind()
-        return {
+        depth_wrong, shape_wrong, bin_wrong = (wrong / max(1, count)).unbind()
+        found = {
             "heat": heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps)),
             "depth": DEPTH_WEIGHT * depth_wrong,
             "shape": SHAPE_WEIGHT * shape_wrong,
         }
+        return found if distances is None else found | {"bin": BIN_WEIGHT * bin_wrong}
 
 
-def _focal(matrix: Tensor) -> Tensor:
-    """Focal lengths in pixels (2,) of a camera's matrix (3, 4)."""
-    rows, axis = matrix[:2, :3], matrix[2, :3]
-    return (rows.square().sum(1) - (rows @ axis).square()).clamp(min=1e-6).sqrt()
+def _unsure(sure: Tensor, far: Tensor) -> Tensor:
+    """The cross entropy (P,) of log probabilities (E, P) with distances (P,), which lie between two bins each."""
+    place = bin_of(far, len(sure))
+    low = place.floor().clamp(max=len(sure) - 2)
+    share, first = place - low, low.long()[None]
+    below, above = sure.gather(0, first)[0], sure.gather(0, first + 1)[0]
+    return -(1 - share) * below - share * above
 
 
 def covered(place: Tensor, reach: Tensor, depth: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

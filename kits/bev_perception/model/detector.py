@@ -20,6 +20,8 @@ from kits.bev_perception.model.backbone import FPN, ResNet
 from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.decoder import Decoder, Queries, place
 from kits.bev_perception.model.encoder import Encoder, History
+from kits.bev_perception.model.fusion import Fusion
+from kits.bev_perception.model.lift import Distances, Far, atlas, told
 from kits.bev_perception.model.proposals import Dense, Proposals
 
 CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
@@ -93,6 +95,8 @@ class Head(nn.Module):
         self.reg_branches = nn.ModuleList(_regressor(dims) for _ in range(config.decoder_layers))
         self.bev_embedding = nn.Embedding(config.bev_h * config.bev_w, dims)
         self.proposals = Proposals(config) if config.proposals else None
+        self.distances = Distances(dims, config.depth_bins) if config.depth_bins else None
+        self.fusion = Fusion(dims) if config.fusion else None
         if not config.proposals:
             self.query_embedding = nn.Embedding(config.num_query, 2 * dims)
         low, size = torch.tensor(config.pc_range[:3]), torch.tensor(config.extent)
@@ -116,8 +120,10 @@ class Head(nn.Module):
         position = self.positional_encoding().expand_as(query)
         turned = geometry.rotate(prev_bev, can_bus[:, 17], config.bev_h, config.bev_w, config.rotate_center)
         history = History(turned, geometry.shift(can_bus, config.extent), (has_prev > 0.5)[:, None, None])
-        points, inside = geometry.project(self.pillars, lidar2img, image_shape)
-        views = geometry.views(points, inside, camera_mask, config.cameras_per_query)
+        points, inside, depth = geometry.project(self.pillars, lidar2img, image_shape)
+        depth = told(depth, lidar2img, image_shape[1])
+        views = geometry.views(points, inside, depth, camera_mask, config.cameras_per_query)
+        far = Far(atlas(self.distances(features[0])), config.depth_bins) if self.distances is not None else None
         images = torch.cat(
             [
                 f.flatten(3).transpose(2, 3) + (transformer.cams_embeds[:, None] + transformer.level_embeds[level])
@@ -126,7 +132,11 @@ class Head(nn.Module):
             2,
         )
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
-        return transformer.encoder(query, position, self.cells, history, images, shapes, views)
+        bev = transformer.encoder(query, position, self.cells, history, images, shapes, views, far)
+        if self.fusion is None:
+            return bev
+        before = torch.where(history.known[..., None], geometry.aligned(prev_bev, can_bus, config), 0.0)
+        return self.fusion(bev, before)
 
     def dense(self, bev: Tensor) -> Dense | None:
         """What the dense head says of a BEV (B, Q, C); None where the queries are learnt ones."""

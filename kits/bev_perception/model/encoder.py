@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kits.bev_perception.model.attention import FeedForward, SpatialCrossAttention, TemporalSelfAttention, Views
 from kits.bev_perception.model.configs import Config
+from kits.bev_perception.model.lift import Far
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class EncoderLayer(nn.Module):
         images: Tensor,
         shapes: list[tuple[int, int]],
         views: Views,
+        far: Far | None = None,
     ) -> Tensor:
         x = self.norms[0](self.attentions[0](query, position, value, reference))
-        x = self.norms[1](self.attentions[1](x, images, shapes, views))
+        x = self.norms[1](self.attentions[1](x, images, shapes, views, far))
         return self.norms[2](self.ffns[0](x))
 
 
@@ -78,6 +80,7 @@ class Encoder(nn.Module):
         images: Tensor,
         shapes: list[tuple[int, int]],
         views: Views,
+        far: Far | None = None,
     ) -> Tensor:
         """query and position (B, Q, C), reference (Q, 2), images (B, N, sum of h * w, C) -> (B, Q, C)."""
         known = history.known
@@ -86,5 +89,5 @@ class Encoder(nn.Module):
         x = query
         for layer in self.layers:
             value = torch.stack((torch.where(known, history.bev, x), torch.where(known, query, x)), 1)
-            x = layer(x, position, value, both, images, shapes, views)
+            x = layer(x, position, value, both, images, shapes, views, far)
         return x

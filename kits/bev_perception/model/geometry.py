@@ -42,28 +42,28 @@ def pillars(config: Config) -> Tensor:
     return torch.cat((cells(config.bev_h, config.bev_w).expand(D, -1, -1), z), -1)
 
 
-def project(points: Tensor, lidar2img: Tensor, image_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Points in metres (D, Q, 3) by matrices (B, N, 4, 4) -> x, y in 0..1 of the image (B, N, Q, D, 2) and a mask.
+def project(points: Tensor, lidar2img: Tensor, image_shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Points in metres (D, Q, 3) by matrices (B, N, 4, 4) -> x, y in 0..1 of the image (B, N, Q, D, 2), mask and depth.
 
     `image_shape` is (height, width) of the padded image that the matrices are for. The mask (B, N, Q, D) is True where
-    a point is before the camera and inside of the image.
+    a point is before the camera and inside of the image, the depth (B, N, Q, D) in metres along the camera's axis.
     """
     homogeneous = F.pad(points.transpose(0, 1), (0, 1), value=1.0)
     seen = torch.einsum("bnij,qdj->bnqdi", lidar2img[:, :, :3], homogeneous)
     depth = seen[..., 2:]
     xy = seen[..., :2] / depth.clamp(min=NEAREST_DEPTH) / seen.new_tensor(image_shape[::-1])
     inside = (depth[..., 0] > NEAREST_DEPTH) & ((xy > 0) & (xy < 1)).all(-1)
-    return xy, inside
+    return xy, inside, depth[..., 0]
 
 
-def views(points: Tensor, inside: Tensor, camera_mask: Tensor, per_query: int | None) -> Views:
+def views(points: Tensor, inside: Tensor, depth: Tensor, camera_mask: Tensor, per_query: int | None) -> Views:
     """What every cell looks into, from `project`; `camera_mask` (B, N) is 0 for a camera that is not there.
 
     With `per_query` a cell takes that many cameras, those with most points of its pillar first.
     """
     B, N, Q = inside.shape[:3]
     visible = (inside & (camera_mask > 0.5)[:, :, None, None]).sum(-1).transpose(1, 2).to(points.dtype)
-    points = points.transpose(1, 2)
+    points, depth = points.transpose(1, 2), depth.transpose(1, 2)
     number = torch.arange(N, device=points.device)
     if per_query is None or per_query >= N:
         cameras = number.expand(B, Q, N)
@@ -73,8 +73,9 @@ def views(points: Tensor, inside: Tensor, camera_mask: Tensor, per_query: int | 
         visible = visible.gather(2, cameras)
         D = points.shape[3]
         points = points.gather(2, cameras[..., None, None].expand(-1, -1, -1, D, 2))
+        depth = depth.gather(2, cameras[..., None].expand(-1, -1, -1, D))
     seen = (visible > 0).to(points.dtype)
-    return Views(points, cameras, seen / seen.sum(-1, keepdim=True).clamp(min=1))
+    return Views(points, cameras, seen / seen.sum(-1, keepdim=True).clamp(min=1), depth)
 
 
 def shift(can_bus: Tensor, extent: tuple[float, float, float]) -> Tensor:
@@ -104,3 +105,21 @@ def rotate(bev: Tensor, degrees: Tensor, bev_h: int, bev_w: int, center: tuple[f
     old = bev.transpose(1, 2).reshape(B, C, bev_h, bev_w)
     turned = F.grid_sample(old, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return turned.reshape(B, C, Q).transpose(1, 2)
+
+
+def aligned(bev: Tensor, can_bus: Tensor, config: Config) -> Tensor:
+    """The memory (B, Q, C) as a map (B, C, bev_h, bev_w) about where the car stands now, linear between its cells.
+
+    Turned as in `rotate` and moved as by `shift`; zeros where the memory holds nothing.
+    """
+    B, _, C = bev.shape
+    h, w = config.bev_h, config.bev_w
+    size, middle = bev.new_tensor((w, h)), bev.new_tensor(config.rotate_center)
+    angle = can_bus[:, 17] * (math.pi / 180)
+    sin, cos = angle.sin()[:, None], angle.cos()[:, None]
+    moved = (cells(h, w).to(bev) + shift(can_bus, config.extent)[:, None]) * size - middle
+    x, y = moved.unbind(-1)
+    place = torch.stack((cos * x - sin * y, sin * x + cos * y), -1) + middle
+    old = bev.transpose(1, 2).reshape(B, C, h, w)
+    grid = (place * (2 / size) - 1).view(B, h, w, 2)
+    return F.grid_sample(old, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -101,7 +101,7 @@ class Learner(nn.Module):
     def losses(self, batch: Batch) -> Losses:
         """The loss of a batch with its parts: "0.cls", "0.box" by layer, "dn.0.cls", ... of the denoising, and of the
         dense losses "dense.heat", "dense.box", "pixel.heat", "pixel.depth",
-        "pixel.shape".
+        "pixel.shape", "pixel.bin".
         """
         head, view, truths = self.detector.pts_bbox_head, batch.view, batch.truths
         features = self.detector.features(view.images)
@@ -112,7 +112,8 @@ class Learner(nn.Module):
         dense = head.dense(bev)
         parts = head_losses(head, bev, dense, truths, self.denoiser, self.denoising_weight)
         if self.pixels is not None:
-            parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths).items()}
+            far = head.distances(features[0]) if head.distances is not None else None
+            parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths, far).items()}
         return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense)
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:

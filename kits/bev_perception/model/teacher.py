@@ -87,6 +87,7 @@ class LidarTeacher(nn.Module):
         del head.positional_encoding, head.bev_embedding
         for name in ("encoder", "can_bus_mlp", "level_embeds", "cams_embeds"):
             delattr(head.transformer, name)
+        head.distances = head.fusion = None
 
     def forward(self, clouds: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         bev, head = self.pillars(clouds), self.pts_bbox_head

@@ -1,0 +1,92 @@
+"""How far away what a pixel shows is: a distribution over distances that spatial attention weighs its samples with.
+
+As the depth of LSS (Philion 2020) and BEVDepth (Li 2022) in the deformable attention of DFA3D (Li 2023): a BEV cell
+takes of a pixel what is at the cell's distance. Without it a cell gets whatever lies on the ray before it or behind.
+Distances are those at which a thing would look as large through a lens of the same focal length for every camera, so
+that what is learnt of one holds for the others and for pictures that were zoomed. Letters: B batch, N cameras, P
+places, E bins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NEAR, FAR = 2.0, 90.0
+"""Metres that the first bin begins at and the last ends at; the bins' borders grow by a factor."""
+LENS = 0.8
+"""The focal length that distances are told for, as a share of the image's width."""
+
+
+@dataclass(frozen=True)
+class Far:
+    """How far away the finest level's pixels say they are: the picture of `atlas` and its number of bins."""
+
+    picture: Tensor
+    bins: int
+
+
+def focal(matrix: Tensor) -> Tensor:
+    """Focal lengths in pixels (..., 2), x first, of matrices (..., 3 or 4, 4) from metres to pixels."""
+    rows, axis = matrix[..., :2, :3], matrix[..., 2:3, :3]
+    # both rows are a focal length times an axis of the image and a share of the optical axis
+    return (rows.square().sum(-1) - (rows * axis).sum(-1).square()).clamp(min=1e-6).sqrt()
+
+
+def told(depth: Tensor, matrix: Tensor, width: int) -> Tensor:
+    """Metres along the axes of cameras with matrices (..., 4, 4) as they are told: for LENS of an image of `width`.
+
+    depth (..., P...) has any axes behind those of the matrices.
+    """
+    ratio = LENS * width / focal(matrix)[..., 0]
+    return depth * ratio.view(*ratio.shape, *(1,) * (depth.dim() - ratio.dim()))
+
+
+class Distances(nn.Module):
+    """Features (B, N, C, h, w) -> logits (B, N, E, h, w) of the distance along the camera's axis."""
+
+    def __init__(self, channels: int, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+        self.layers = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, bins, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+
+def bin_of(depth: Tensor, bins: int) -> Tensor:
+    """Where metres (...) lie among the bins: 0 is the middle of the first one, bins - 1 that of the last; clamped."""
+    share = depth.clamp(NEAR, FAR).div(NEAR).log() / math.log(FAR / NEAR)
+    return (share * bins - 0.5).clamp(0, bins - 1)
+
+
+def atlas(logits: Tensor) -> Tensor:
+    """Logits (B, N, E, h, w) -> one picture (B, 1, N * (h + 1), E * (w + 1)) of E times the probabilities.
+
+    Cameras lie one above the other, bins side by side, each with a row and a column of zeros behind it. Times E, so
+    that a pixel that does not know weighs 1 at every distance.
+    """
+    B, N, E, h, w = logits.shape
+    known = F.pad(logits.softmax(2) * E, (0, 1, 0, 1))
+    return known.permute(0, 1, 3, 2, 4).reshape(B, 1, N * (h + 1), E * (w + 1))
+
+
+def weigh(picture: Tensor, places: Tensor, depth: Tensor, bins: int, shape: tuple[int, int, int]) -> Tensor:
+    """How likely it is that what lies at `places` is `depth` metres away, from the `atlas` of (N, h, w) = `shape`.
+
+    places (B, P, 2) are x in pixels of one camera's map (-0.5 to w + 0.5) and y in -1..1 of the whole atlas, as the
+    samples of the values are; depth (B, P) -> (B, P), linear between the two nearest bins.
+    """
+    _, _, w = shape
+    wide = bins * (w + 1)
+    place = bin_of(depth, bins)
+    low = place.floor().clamp(max=bins - 2)
+    share = place - low
+    x = places[..., 0] + low * (w + 1)
+    grid = torch.stack((torch.stack((x, x + (w + 1)), -1) * (2 / wide) - 1, places[..., 1:].expand(-1, -1, 2)), -1)
+    found = F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+    return found[..., 0] * (1 - share) + found[..., 1] * share
