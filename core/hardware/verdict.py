@@ -235,7 +235,9 @@ def _power(spent: Energy, seconds: float, rate: float, target: Target, basis: Es
     if rate * seconds > 1:
         said.append(f"one takes about {seconds * 1e3:.3g} ms, so this is the power at {1 / seconds:.3g} a second")
         rate = 1 / seconds
-    return spent.dynamic * rate + static, "W", replace(basis, assumptions=(*said, *basis.assumptions))
+    own = spent.dynamic * rate
+    said.append(f"of it {own:.3g} W for this network, {static:g} W of the whole device before it does anything")
+    return own + static, "W", replace(basis, assumptions=(*said, *basis.assumptions))
 
 
 def _misaligned(layer: LayerProfile) -> bool:

@@ -24,10 +24,13 @@ from core.weights import load_weights
 from kits.bev_perception.acceptance import RATE_HZ, verdict
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe
+from kits.bev_perception.dynamic import Dynamic, Policy
+from kits.bev_perception.model.configs import Config
 from kits.bev_perception.prune import channels_removed
 
 Watch = Callable[[nn.Module, Sequence[Keyframe], str], Mapping[str, Boxes]]
 SECONDS = {"smoke": 4.0, "full": 30.0}
+AGAIN = "looks again at surprises"
 
 
 def compare(
@@ -39,8 +42,9 @@ def compare(
     preset: str,
     steps: Path,
     watch: Watch,
+    config: Config,
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    """Figures that need both models, and a table of the scores by group of frames.
+    """Figures that need both models, a table of the scores by group of frames, and one of the dynamic path.
 
     `steps` is the folder of the steps' checkpoints, from which the compressed network is built once more;
     `watch` gives what a variant finds in the samples, by token.
@@ -52,7 +56,10 @@ def compare(
     figures = _latency(kit, artifact, twin, variant.name, samples, preset)
     figures |= _compute(kit, original, artifact, steps)
     more, table = _groups(watch, artifact, twin, variant.name, samples)
-    return figures | more, [table]
+    share = figures.find("latency_share")
+    assert share is not None
+    surprise, ways = _dynamic(watch, artifact, twin, variant.name, samples, config, share.value)
+    return figures | more | surprise, [table, ways]
 
 
 def _latency(kit: Kit, artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe], preset: str) -> Figures:
@@ -119,11 +126,8 @@ def _groups(
         len(samples), None, artifact.sha256, note="the same frames",
     )  # fmt: skip
     day, night = (before[f"nds_{light}"][0] - after[f"nds_{light}"][0] for light in ("day", "night"))
-    made = {
-        "night_loss_excess": night - day,
-        "sudden_recall_gain": after["sudden_recall"][0] - before["sudden_recall"][0],
-    }
-    figures = Figures(Figure(name, value, "points", basis) for name, value in made.items() if value == value)
+    excess = night - day
+    figures = Figures([Figure("night_loss_excess", excess, "points", basis)] if excess == excess else [])
     rows = []
     for name in ("all", "day", "night", "event"):
         key = "" if name == "all" else f"_{name}"
@@ -139,3 +143,45 @@ def _groups(
         f"{sudden.found} with {twin}, {judged[variant].sudden.found} with {variant}",
     }
     return figures, table
+
+
+def _dynamic(
+    watch: Watch, artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe], config: Config, share: float
+) -> tuple[Figures, dict[str, Any]]:
+    """The compressed detector that lets the original look again at surprises, beside each of them alone.
+
+    Its control looks again as often, by the clock. Costs are of one FP32 pass: `share` for a small one, as measured.
+    """
+    small, large = (artifact.as_module(name, 2) for name in (variant, twin))
+    surprise = Dynamic(small, large, config)
+    again = watch(surprise, samples, AGAIN)
+    clock = Dynamic(small, large, config, Policy(alarm=0.0, share=surprise.watch.share, burst=1.0))
+    found = {
+        f"{variant} alone": (watch(small, samples, f"comparing, {variant}"), share),
+        AGAIN: (again, share + surprise.watch.share),
+        "looks again by the clock": (watch(clock, samples, "by the clock"), share + clock.watch.share),
+        f"{twin} alone": (watch(large, samples, f"comparing, {twin}"), 1.0),
+    }
+    threshold = artifact.meta["threshold"]
+    judged = {name: (verdict(samples, boxes, threshold), cost) for name, (boxes, cost) in found.items()}
+    rows = []
+    for name, (v, cost) in judged.items():
+        values = {k: value for k, (value, _) in v.figures().items()}
+        cells = [values[k] for k in ("nds", "nds_event", "sudden_recall")]
+        rows.append([name, round(cost, 3), *(round(c, 2) if c == c else None for c in cells)])
+    table = {
+        "title": "Looking again: what it finds and what it costs",
+        "columns": ["detector", "mean cost [FP32 passes]", "NDS", "NDS within 2 s of an event", "found in 0.5 s [%]"],
+        "rows": rows,
+        "note": f"{100 * surprise.watch.share:.1f} % of the frames were looked at again, "
+        f"{100 * surprise.policy.share:g} % allowed; the worst frame costs {share + 1:.2f} passes. "
+        f"{len(judged[f'{twin} alone'][0].sudden.delays)} sudden obstacles.",
+    }
+    basis = Measured(
+        device(), f"{runtime_title(artifact, variant)} with {runtime_title(artifact, twin)} for surprises",
+        len(samples), None, artifact.sha256, note="the dynamic path, against FP32 alone on the same frames",
+    )  # fmt: skip
+    path, alone = (judged[name][0].sudden.recall for name in (AGAIN, f"{twin} alone"))
+    made = {"sudden_recall_gain": (100 * (path - alone), "points"), "dynamic_share": (100 * surprise.watch.share, "%"),
+            "dynamic_cost": (judged[AGAIN][1], "x")}  # fmt: skip
+    return Figures(Figure(k, value, unit, basis) for k, (value, unit) in made.items() if value == value), table

@@ -7,6 +7,7 @@ known beforehand and the worst frame costs one small and one large pass.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -41,18 +42,31 @@ class Policy:
     """Metres within which a box is the one of the frame before."""
 
 
+KEPT = 1000
+"""Frames whose cues are kept: a car drives for days."""
+
+
 @dataclass
 class Watch:
-    """What happened: the cues of each frame, and whether it was looked at again."""
+    """What happened: how many frames came and were looked at again, and of the last `KEPT` ones the cues."""
 
-    alarms: list[float] = field(default_factory=list)
-    cues: list[tuple[float, float, float]] = field(default_factory=list)
-    again: list[bool] = field(default_factory=list)
+    frames: int = 0
+    twice: int = 0
+    alarms: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    cues: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    again: deque[bool] = field(default_factory=lambda: deque(maxlen=KEPT))
 
     @property
     def share(self) -> float:
         """The share of frames that were looked at again, 0 to 1."""
-        return sum(self.again) / len(self.again) if self.again else 0.0
+        return self.twice / self.frames if self.frames else 0.0
+
+    def note(self, alarm: float, cues: tuple[float, float, float], again: bool) -> None:
+        """One more frame."""
+        self.frames, self.twice = self.frames + 1, self.twice + again
+        self.alarms.append(alarm)
+        self.cues.append(cues)
+        self.again.append(again)
 
 
 class Dynamic(nn.Module):
@@ -92,9 +106,7 @@ class Dynamic(nn.Module):
             self._saved -= 1
             found = self.large(*inputs)
             self._way(found, can_bus, keep_only=True)
-        self.watch.alarms.append(alarm)
-        self.watch.cues.append(cues)
-        self.watch.again.append(again)
+        self.watch.note(alarm, cues, again)
         return found
 
     def _change(self, images: Tensor, camera_mask: Tensor) -> float:

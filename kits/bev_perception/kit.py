@@ -286,7 +286,8 @@ class BevPerception:
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """Latency in the same runtime, channels, sparsity, compute, and losses by day, by night and after events."""
-        return compare(self, original, compressed, samples, artifact, preset, out.parent / "steps", self.predictions)
+        steps = out.parent / "steps"
+        return compare(self, original, compressed, samples, artifact, preset, steps, self.predictions, CONFIG)
 
     def pictures(self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Frames by day and by night with what was found and what was there."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kits.bev_perception.dynamic import Dynamic, Policy
+from kits.bev_perception.dynamic import KEPT, Dynamic, Policy, Watch
 from kits.bev_perception.model.boxes import encode
 from tests.kits.bev_models import MICRO
 
@@ -52,7 +52,7 @@ def test_something_new_on_the_way_is_looked_at_again() -> None:
     path(*frame())
     small.score = 0.6
     scores, _, _ = path(*frame())
-    assert path.watch.again == [False, False, True]
+    assert list(path.watch.again) == [False, False, True]
     assert float(scores.sigmoid().max()) == pytest.approx(0.9, abs=1e-4), "the answer is the large one's"
     path(*frame(driven=0.5))
     assert not path.watch.again[-1], "what was there before, and has come nearer as the car drove on, is no news"
@@ -77,7 +77,7 @@ def test_a_block_that_changes_while_the_others_do_not_raises_the_alarm() -> None
     sudden = drifted + torch.randn_like(street) * 0.2
     sudden[0, 0, :, 30:50, 40:56] += 2.0
     path(*frame(sudden))
-    assert path.watch.again == [False, False, True]
+    assert list(path.watch.again) == [False, False, True]
     assert path.watch.cues[2][0] > 3 * path.watch.cues[1][0]
 
 
@@ -100,3 +100,11 @@ def test_a_new_scene_forgets_the_last_one() -> None:
     small.score = 0.6
     path(*frame(first=True))
     assert path.watch.again == [False, False]
+
+
+def test_a_drive_of_days_keeps_its_share_and_not_every_frame() -> None:
+    watch = Watch()
+    for index in range(3 * KEPT):
+        watch.note(0.1, (0.0, 0.0, 0.1), index % 4 == 0)
+    assert (len(watch.alarms), len(watch.cues), len(watch.again)) == (KEPT, KEPT, KEPT)
+    assert watch.share == 0.25 and watch.frames == 3 * KEPT
