@@ -39,8 +39,8 @@ DENSE = ("*.proposals", "*.fusion", "*.distances")
 
 
 def coupled(model: nn.Module) -> list[Group]:
-    """The groups that sampling and pixel shuffling hide from tracing: values of the attentions, the dense head, and what
-    lies inside of the fusion and of the pixels' distances.
+    """What sampling and pixel shuffling hide from tracing: values of the attentions, the dense head, and
+    what lies inside of the fusion and of the pixels' distances.
     """
     groups: list[Group] = []
     for name, module in model.named_modules():

@@ -99,7 +99,7 @@ def test_a_new_scene_forgets_the_last_one() -> None:
     path(*frame(first=True))
     small.score = 0.6
     path(*frame(first=True))
-    assert path.watch.again == [False, False]
+    assert list(path.watch.again) == [False, False]
 
 
 def test_a_drive_of_days_keeps_its_share_and_not_every_frame() -> None:

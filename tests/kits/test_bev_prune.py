@@ -102,7 +102,9 @@ def test_sixty_percent_of_the_channels_go_and_what_has_a_meaning_stays(pruned: P
             continue
         was = whole[name]
         old, new = was.weight.shape[0], layer.weight.shape[0]  # type: ignore[union-attr, index, operator]
-        final = name.endswith(("cls_branches.1.6", "reg_branches.0.4", "reg_branches.1.4", "classify", "regress", "fusion.conv2"))
+        final = name.endswith(
+            ("cls_branches.1.6", "reg_branches.0.4", "reg_branches.1.4", "classify", "regress", "fusion.conv2")
+        )
         if final or name.endswith(("sampling_offsets", "attention_weights", "output_proj", "fpn_convs.0.conv")):
             assert new == old, name
         elif new != old:

@@ -52,7 +52,9 @@ class Distances(nn.Module):
     def __init__(self, channels: int, bins: int) -> None:
         super().__init__()
         self.bins = bins
-        self.layers = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, bins, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, bins, 1)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])
