@@ -15,6 +15,7 @@ from core.compress import compress
 from core.export import export
 from core.kit import Graph, Recipe
 from core.quantization import Half, Quantize
+from kits.bev_perception.model.backbone import DeformConv2d
 from kits.bev_perception.model.detector import INPUTS, OUTPUTS, BEVFormer, empty_memory, example_inputs
 from tests.core.toy import ToyKit
 from tests.kits.bev_models import MICRO
@@ -93,3 +94,32 @@ def test_the_cnn_alone_is_quantized_on_frames_in_order(patterns: tuple[str, ...]
     with torch.no_grad():
         _, _, bev = small(*example_inputs(SMALL).values())
     assert bev.isfinite().all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_deformable_convolution_of_plain_operators_is_torchvisions(stride: int) -> None:
+    torch.manual_seed(0)
+    layer = DeformConv2d(6, stride)
+    x = torch.randn(2, 6, 9, 11)
+    nn.init.normal_(layer.conv_offset.weight, std=0.5)
+    offset, mask = layer.conv_offset(x).split((18, 9), 1)
+    assert offset.abs().max() > 2, "samples leave the picture too"
+    with torch.no_grad():
+        assert torch.allclose(layer.sampled(x, offset, mask.sigmoid()), layer(x), atol=1e-5)
+
+
+def test_a_deformable_backbone_runs_in_both_runtimes(tmp_path: Path) -> None:
+    """As small and base have it: caffe style, DCN in layer3 and layer4."""
+    torch.manual_seed(0)
+    backbone = replace(SMALL.backbone, depth=50, style="caffe", deformable=True, out_indices=(3,), levels=1)
+    model = BEVFormer(replace(SMALL, backbone=backbone)).eval()
+    for module in model.modules():
+        if isinstance(module, DeformConv2d):
+            nn.init.normal_(module.conv_offset.weight, std=0.05)
+    given = example_inputs(SMALL)
+    artifact = export({"fp32": model}, (Graph("detector", given, OUTPUTS),), "this-host", tmp_path / "a", kit="bev")
+    with torch.no_grad():
+        wanted = model(*given.values())[2]
+    for name in ("fp32-onnxruntime", "fp32-openvino"):
+        found = artifact.as_module(name, threads=1)(*given.values())[2]
+        assert torch.allclose(found, wanted, atol=2e-3), name

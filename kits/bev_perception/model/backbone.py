@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,15 +29,31 @@ class DeformConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h / stride, w / stride)."""
+        offset, mask = self.conv_offset(input).split((18, 9), 1)
+        if torch.compiler.is_exporting():
+            # not every runtime has the operator; all have these
+            return self.sampled(input, offset, mask.sigmoid())
         try:
             from torchvision.ops import deform_conv2d
         except ImportError as error:
             raise InputError(
                 "a deformable backbone (small, base) needs torchvision; pip install torchvision"
             ) from error
-        offset, mask = self.conv_offset(input).split((18, 9), 1)
         found = deform_conv2d(input, offset, self.weight, None, self.stride, self.padding, 1, mask.sigmoid())
         return cast(Tensor, found)
+
+    def sampled(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """The same of plain operators: nine samples a place, weighed by `mask` (B, 9, h, w), and a 1x1 convolution."""
+        H, W = input.shape[-2:]
+        B, _, h, w = offset.shape
+        (step, _), (pad, _) = self.stride, cast(tuple[int, int], self.padding)
+        tap, row, column = (torch.arange(n, device=input.device) for n in (9, h, w))
+        y = (row * step - pad)[None, :, None] + (tap // 3)[:, None, None] + offset[:, 0::2]
+        x = (column * step - pad)[None, None, :] + (tap % 3)[:, None, None] + offset[:, 1::2]
+        grid = torch.stack(((2 * x + 1) / W - 1, (2 * y + 1) / H - 1), -1).view(B, 9 * h, w, 2)
+        taken = F.grid_sample(input, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        weighed = taken.view(B, -1, 9, h, w) * mask[:, None]
+        return F.conv2d(weighed.reshape(B, -1, h, w), self.weight.flatten(1)[:, :, None, None])
 
 
 class BasicBlock(nn.Module):
