@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from core.compress import Outcome, handles
 from core.distillation import guided_loss, softened_binary_kl
 from core.kit import Context, InputError, Step
+from core.pruning import check_pattern
 from core.train import Schedule, fit
+from kits.bev_perception.data.keyframes import in_scenes
 from kits.bev_perception.data.streams import Shot, streams
 from kits.bev_perception.lidar import foreground
 from kits.bev_perception.model.denoising import Noise
@@ -28,7 +30,10 @@ from kits.bev_perception.training import LANES, Memory
 
 @dataclass(frozen=True)
 class FollowOriginal(Step):
-    """Train on the detector's own loss and towards the original's neck, BEV and dense head, by these weights."""
+    """Train on the detector's own loss and towards the original's neck, BEV and dense head, by these weights.
+
+    An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so.
+    """
 
     epochs: int
     lr: float = 3e-4
@@ -36,7 +41,13 @@ class FollowOriginal(Step):
     bev: float = 1.0
     heat: float = 20.0
     ema: float = 0.99
+    share: float = 1.0
+    hold_zeros: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"FollowOriginal.share: {self.share}, expected more than 0 and at most 1")
 
 
 class _Following(nn.Module):
@@ -88,10 +99,24 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
         step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.05, clip=10.0, ema=step.ema, seed=step.seed
     )
 
+    scenes = in_scenes(samples)
+    count = max(1, round(step.share * len(scenes)))
+    steps = max(1, -(-round(step.share * len(samples)) // LANES))
+
     def batches(epoch: int) -> Iterator[list[Shot]]:
-        return streams(samples, LANES, step.seed * 1009 + epoch, train=True)
+        first = epoch * count
+        chosen = [scenes[(first + i) % len(scenes)] for i in range(count)]
+        return streams([k for scene in chosen for k in scene], LANES, step.seed * 1009 + epoch, train=True)
+
+    held = (
+        [p for p in model.parameters() if p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)] if step.hold_zeros else []
+    )
+    masks = [p.detach() == 0 for p in held]
+    if step.hold_zeros and not held:
+        raise InputError("FollowOriginal.hold_zeros: no weight of the network is 2:4 sparse; put Sparsify before it")
 
     def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
+        _clear(held, masks)
         value: Tensor = net(shots)
         return value
 
@@ -100,7 +125,7 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     folder = context.folder / "follow" if context.folder is not None else None
     try:
         trained = fit(
-            _Following(model, original, step), batches, loss, schedule, steps_per_epoch=-(-len(samples) // LANES),
+            _Following(model, original, step), batches, loss, schedule, steps_per_epoch=steps,
             folder=folder, resume=context.resume, label="following the original",
         )  # fmt: skip
     finally:
@@ -108,5 +133,16 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
             module.training = training
     losses = [entry["loss"] for entry in trained.history]
     detector: Any = trained.model.get_submodule("learner.detector")
-    what = f"trained for {step.epochs} epochs towards the original; loss {losses[0]:.4g} -> {losses[-1]:.4g}"
+    _clear(held, masks)  # the weights' average remembers what lay between two batches
+    seen = step.epochs * steps * LANES
+    what = f"trained on {seen} frames towards the original; loss {losses[0]:.4g} -> {losses[-1]:.4g}"
+    if held:
+        what += f"; {len(held)} weights stayed 2:4 sparse"
     return Outcome(detector, [{"layer": "(model)", "what": what}])
+
+
+@torch.no_grad()
+def _clear(weights: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> None:
+    """Back to zero with what the optimizer moved away from it."""
+    for weight, mask in zip(weights, masks, strict=True):
+        weight.masked_fill_(mask, 0)

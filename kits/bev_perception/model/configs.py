@@ -145,7 +145,7 @@ NANO = Config(
     local_codes=True,
     pillar_heights=(-1.4, -0.4),
     points_in_pillar=8,
-    depth_bins=28,
+    depth_bins=64,
     fusion=True,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}

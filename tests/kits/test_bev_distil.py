@@ -1,0 +1,74 @@
+"""The step that follows the original: what it trains, what it leaves at zero, and how many frames it shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.compress import compress
+from core.kit import InputError, Recipe
+from core.pruning import Sparsify, check_pattern
+from kits.bev_perception.data.keyframes import Keyframe, keyframes
+from kits.bev_perception.data.nuscenes import NuScenes
+from kits.bev_perception.data.world import generate_world
+from kits.bev_perception.distil import FollowOriginal
+from kits.bev_perception.model.detector import BEVFormer
+from tests.kits.bev_models import MICRO
+from tests.kits.test_bev_lidar import Data
+
+CONFIG = replace(MICRO, proposals=True, fusion=True, depth_bins=8)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Keyframe]:
+    root = tmp_path_factory.mktemp("world") / "set"
+    generate_world(root, 2, 4, samples=3, size=(96, 54), paired="none", supersample=1, workers=1, lidar_sweeps=False,
+                   quiet=True)  # fmt: skip
+    data = NuScenes(root)
+    return keyframes(data, data.split("all"))
+
+
+def followed(samples: list[Keyframe], *steps: Any, folder: Path | None = None) -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    kit: Any = Data(samples)
+    kit.name = "bev"
+    return compress(BEVFormer(CONFIG).eval(), Recipe("r", steps, "", ""), kit, folder=folder)
+
+
+def test_zeros_of_the_pattern_stay_and_everything_else_learns(samples: list[Keyframe]) -> None:
+    sparse, _ = followed(samples, Sparsify())
+    small, trace = followed(samples, Sparsify(), FollowOriginal(epochs=1, lr=1e-3, hold_zeros=True, ema=0.5))
+    before = dict(sparse.named_parameters())
+    thin = [n for n, p in before.items() if p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)]
+    assert len(thin) > 30 and "img_backbone.layer1.0.conv1.weight" in thin
+    for name, weight in small.named_parameters():
+        if name in thin:
+            assert torch.equal(weight[before[name] == 0], torch.zeros(int((before[name] == 0).sum()))), name
+    moved = [n for n in thin if not torch.equal(before[n], small.get_parameter(n))]
+    assert len(moved) > 0.9 * len(thin)
+    assert f"{len(thin)} weights stayed 2:4 sparse" in trace[-1].changed[0]["what"]
+
+
+def test_without_it_the_zeros_fill_in_again(samples: list[Keyframe]) -> None:
+    small, _ = followed(samples, Sparsify(), FollowOriginal(epochs=1, lr=1e-3, ema=0.5))
+    assert not check_pattern(small.get_parameter("img_backbone.layer1.0.conv1.weight"), 2, 4)
+
+
+def test_a_share_shows_fewer_frames(samples: list[Keyframe]) -> None:
+    _, trace = followed(samples, FollowOriginal(epochs=1, lr=1e-3, share=0.5))
+    assert "trained on 4 frames" in trace[0].changed[0]["what"], "3 of 6 frames, two lanes side by side"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match="share"):
+        FollowOriginal(epochs=1, share=share)
+
+
+def test_zeros_cannot_be_held_where_there_are_none(samples: list[Keyframe]) -> None:
+    with pytest.raises(InputError, match="put Sparsify before it"):
+        followed(samples, FollowOriginal(epochs=1, hold_zeros=True))
