@@ -24,7 +24,7 @@ from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
 from core.pruning import Group
 from core.weights import load_weights, save_weights
-from kits.bev_perception import training
+from kits.bev_perception import shipped, training
 from kits.bev_perception.acceptance import CAR, GATES, RATE_HZ, freeze_threshold, observed, verdict
 from kits.bev_perception.card import write_card
 from kits.bev_perception.comparison import compare
@@ -42,7 +42,7 @@ from kits.bev_perception.model.state import BevState
 from kits.bev_perception.pictures.frame import scene_strip
 from kits.bev_perception.predict import add_arguments, check, predict
 from kits.bev_perception.prune import coupled
-from kits.bev_perception.recipes import DEFAULT, RECIPES
+from kits.bev_perception.recipes import DEFAULT, READY, RECIPES
 from kits.bev_perception.scenes import network_images, recorded
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -56,21 +56,23 @@ class BevPerception:
 
     name = "bev_perception"
     title = "BEV perception: a pruned, mixed-precision detector of six cameras"
-    recipes: Mapping[str, Recipe] = RECIPES
-    default_recipe = DEFAULT
     default_target = CAR
     headline = "nds"
     rate_hz = RATE_HZ
     gates = GATES
     runtimes: tuple[str, ...] = RUNTIMES
 
-    def __init__(self, model: BEVFormer | None = None) -> None:
+    def __init__(self, model: BEVFormer | None = None, default_recipe: str | None = None) -> None:
         self._model = model
+        self.recipes: Mapping[str, Recipe] = {k: r for k, r in RECIPES.items() if k != READY or shipped.is_there()}
+        self.default_recipe = default_recipe or (READY if shipped.is_there() else DEFAULT)
         self._seen: dict[tuple[str, str, tuple[str, ...]], dict[str, Boxes]] = {}
 
     def of(self, model: nn.Module) -> Kit:
         """The kit whose batches remember with this model."""
-        return BevPerception(model) if isinstance(model, BEVFormer) else self
+        if not isinstance(model, BEVFormer):
+            return self
+        return BevPerception(model, READY if shipped.is_default(model) else DEFAULT)
 
     def model(self, weights: Path | None = None) -> nn.Module:
         """`nano` in eval mode with the shipped FP32 weights, those of a file or of what `train` left."""

@@ -1,0 +1,112 @@
+"""What ships beside the detector: the one that recipe `whole` made of it, taken by recipe `shipped`.
+
+`python -m kits.bev_perception.shipped RUN` takes it from a run of that recipe (`fitkit run bev_perception --recipe
+whole --out RUN`) into `weights/`, where the detector that it began from must lie already.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.compress import Outcome, file_hash, handles, history, replay
+from core.files import read_object, write_text
+from core.kit import Context, InputError, Step
+from core.weights import load_weights, save_weights, state_hash
+
+WEIGHTS = Path(__file__).parent / "weights"
+WHOLE, CARD = WEIGHTS / "whole.safetensors", WEIGHTS / "whole.json"
+RECIPE = "whole"
+
+
+@dataclass(frozen=True)
+class TakeShipped(Step):
+    """Take the compressed detector that ships with the kit, in the place of the training that made it.
+
+    For the shipped detector alone. Weights are loaded as they are; whatever a report says of them is measured anew.
+    """
+
+
+def _build(model: nn.Module) -> nn.Module:
+    small = replay(model, _card()["steps"])
+    if file_hash(WHOLE) != _card()["sha256"]:
+        raise InputError(f"{WHOLE}: bytes differ from {CARD.name}; install the kit anew")
+    load_weights(small, WHOLE)
+    return small
+
+
+@handles(TakeShipped, lambda model, step, structure: _build(model))
+def take_shipped(model: nn.Module, step: TakeShipped, context: Context) -> Outcome:
+    """The compressed detector, with what the steps of its recipe said when they made it."""
+    if not is_there():
+        raise InputError(f"TakeShipped: none ships with this version; use --recipe mixed, or {RECIPE} to make one")
+    if not is_default(context.original):
+        raise InputError(
+            "TakeShipped: what ships was made of the shipped detector, and this is another; use --recipe mixed, or "
+            f"--recipe {RECIPE} to make its own"
+        )
+    return Outcome(_build(model), _card()["changed"])
+
+
+def is_there() -> bool:
+    """Whether a compressed detector ships beside the shipped one."""
+    return CARD.is_file()
+
+
+def is_default(model: nn.Module) -> bool:
+    """Whether a model is the detector that the shipped compressed one was made of, weight for weight."""
+    return is_there() and state_hash(model) == _card()["original"]
+
+
+def _card() -> dict[str, Any]:
+    return read_object(CARD, "install the kit anew")
+
+
+def ship(run: Path, original: nn.Module, weights: Path = WEIGHTS) -> None:
+    """Copy what a run of recipe `whole` made of `original` into `weights`, with its card.
+
+    Raises InputError for a run of another recipe, one that is not finished, or one that began from another detector.
+    """
+    report = read_object(run / "report.json", "run to the end")
+    if report["recipe"]["name"] != RECIPE:
+        raise InputError(f"{run}: a run of recipe {report['recipe']['name']!r}; run --recipe {RECIPE}")
+    steps, records = run / "steps", sorted((run / "steps").glob("[0-9][0-9]-*/step.json"))
+    if len(records) != len(report["recipe"]["steps"]):
+        raise InputError(f"{steps}: {len(records)} of {len(report['recipe']['steps'])} steps; run again with --resume")
+    began = state_hash(original)
+    for record in records:
+        if read_object(record, "run again")["origin"]["model"] != began:
+            raise InputError(f"{record}: began from another detector than {weights / 'fp32.safetensors'}")
+    small = replay(original, history(steps))
+    load_weights(small, records[-1].parent / "model.safetensors")
+    save_weights(small, weights / WHOLE.name)
+    changed = [
+        {**row, "what": f"{entry['step']['step']}, when it was made: {row['what']}"}
+        for entry in report["trace"][: len(records)]
+        for row in entry["changed"]
+        if row["layer"] in ("", "(model)") or "outputs" in row
+    ]
+    card = {
+        "original": began,
+        "sha256": file_hash(weights / WHOLE.name),
+        "seconds": round(sum(entry["seconds"] for entry in report["trace"][: len(records)])),
+        "steps": history(steps),
+        "changed": changed,
+    }
+    write_text(weights / CARD.name, json.dumps(card, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    from kits.bev_perception.kit import BevPerception
+
+    try:
+        ship(Path(sys.argv[1]), BevPerception().model())
+    except IndexError:
+        sys.exit("usage: python -m kits.bev_perception.shipped RUN")
+    except InputError as error:
+        sys.exit(str(error))
