@@ -1,10 +1,13 @@
-"""Confidence intervals for rates: exact for independent trials, bootstrap for trials that share a group."""
+"""Confidence intervals: of rates (exact for independent trials, bootstrap where they share a group), gains by seed."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import beta
+from scipy.stats import beta, t
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -44,3 +47,16 @@ def group_bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(rates, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def paired_gain(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of paired differences, one for each seed, and its two-sided interval of Student's t.
+
+    Raises ValueError for fewer than two. Source: Student, The probable error of a mean (1908).
+    """
+    if len(differences) < 2:
+        raise ValueError(f"{len(differences)} difference(s), expected at least 2 for an interval")
+    values = np.asarray(differences, dtype=np.float64)
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    mean = float(values.mean())
+    return mean, mean - half, mean + half

@@ -6,7 +6,7 @@ features, the BEV where something stands, and what every cell of the dense head 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,12 @@ from core.distillation import guided_loss, softened_binary_kl
 from core.kit import Context, InputError, Step
 from core.pruning import check_pattern
 from core.train import Schedule, fit
-from kits.bev_perception.data.keyframes import in_scenes
-from kits.bev_perception.data.streams import Shot, streams
+from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
 from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.learner import Learner
-from kits.bev_perception.training import LANES, Memory
+from kits.bev_perception.training import LANES, Memory, shown
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,7 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
         step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.05, clip=10.0, ema=step.ema, seed=step.seed
     )
 
-    scenes = in_scenes(samples)
-    count = max(1, round(step.share * len(scenes)))
-    steps = max(1, -(-round(step.share * len(samples)) // LANES))
-
-    def batches(epoch: int) -> Iterator[list[Shot]]:
-        first = epoch * count
-        chosen = [scenes[(first + i) % len(scenes)] for i in range(count)]
-        return streams([k for scene in chosen for k in scene], LANES, step.seed * 1009 + epoch, train=True)
-
+    batches, steps = shown(samples, LANES, step.share, step.seed)
     held = (
         [p for p in model.parameters() if p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)] if step.hold_zeros else []
     )

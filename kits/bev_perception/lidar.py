@@ -20,7 +20,7 @@ from core.train import Fit, Schedule, fit
 from core.weights import load_weights
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe, to_global
-from kits.bev_perception.data.streams import Shot, Variation, boxes_of, streams
+from kits.bev_perception.data.streams import Shot, Variation, boxes_of
 from kits.bev_perception.metrics.results import with_attributes
 from kits.bev_perception.model.boxes import detections
 from kits.bev_perception.model.configs import NANO, Config
@@ -30,7 +30,7 @@ from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.learner import Learner
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.teacher import LidarTeacher
-from kits.bev_perception.training import LANES, Memory
+from kits.bev_perception.training import LANES, Memory, shown
 
 SCHEDULES: Mapping[str, Schedule] = {
     "full": Schedule(epochs=8, batch_size=4, lr=1e-3, weight_decay=0.01, warmup=0.05, ema=0.99, clip=10.0),
@@ -45,14 +45,19 @@ class LearnFromLidar(Step):
 
     `teacher` is a safetensors file of `train_teacher`. The BEVs are compared where something stands, through a linear
     layer that is thrown away after, since the two have no common channels. With `weight` 0 the same training without a
-    teacher, which is what its gain is told against.
+    teacher, which is what its gain is told against. An epoch shows a `share` of the scenes, others each time.
     """
 
     teacher: str
     epochs: int = 2
     lr: float = 2e-4
     weight: float = 1.0
+    share: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"LearnFromLidar.share: {self.share}, expected more than 0 and at most 1")
 
 
 def cloud(shot: Shot) -> Tensor:
@@ -174,8 +179,7 @@ def learn_from_lidar(model: nn.Module, step: LearnFromLidar, context: Context) -
     learning = _Learning(model, teacher, step.weight)
     schedule = Schedule(step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.1, clip=10.0, seed=step.seed)
 
-    def batches(epoch: int) -> Iterator[list[Shot]]:
-        return streams(samples, LANES, step.seed * 1009 + epoch, train=True)
+    batches, steps = shown(samples, LANES, step.share, step.seed)
 
     def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
         value: Tensor = net(shots)
@@ -183,7 +187,7 @@ def learn_from_lidar(model: nn.Module, step: LearnFromLidar, context: Context) -
 
     folder = context.folder / "lidar" if context.folder is not None else None
     trained = fit(
-        learning, batches, loss, schedule, steps_per_epoch=-(-len(samples) // LANES), folder=folder,
+        learning, batches, loss, schedule, steps_per_epoch=steps, folder=folder,
         resume=context.resume, label="learning from LiDAR",
     )  # fmt: skip
     losses = [round(entry["loss"], 4) for entry in trained.history]

@@ -27,7 +27,11 @@ Judged by the BEV: boxes come in the order of their scores, which the least chan
 ones saturate where a processor lacks VNNI. OpenVINO needs no output quantizers for INT8.
 """
 
-FOLLOWED = tuple(step for prune in prune_steps(0.6) for step in (prune, FollowOriginal(epochs=1, lr=3e-4, share=0.2)))
+FOLLOWED = tuple(
+    step
+    for index, prune in enumerate(prune_steps(0.6))
+    for step in (prune, FollowOriginal(epochs=1, lr=3e-4, share=0.2, seed=index))
+)
 """Backbone, feed-forward, values, heads: a distillation after each."""
 LONGER = FollowOriginal(epochs=3, lr=5e-4)
 SPARSE = (DepthStem(), Sparsify(), FollowOriginal(epochs=1, lr=2e-4, hold_zeros=True))

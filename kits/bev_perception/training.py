@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.train import Fit, Schedule, fit
-from kits.bev_perception.data.keyframes import Keyframe
+from kits.bev_perception.data.keyframes import Keyframe, in_scenes
 from kits.bev_perception.data.streams import Shot, collate, streams
 from kits.bev_perception.model.configs import NANO, Config
 from kits.bev_perception.model.denoising import Noise
@@ -26,6 +27,21 @@ SCHEDULES = {
     "full": Schedule(epochs=24, batch_size=LANES, lr=6e-4, weight_decay=0.01, warmup=0.03, ema=0.998, clip=10.0),
     "smoke": Schedule(epochs=1, batch_size=LANES, lr=3e-4, weight_decay=0.01, warmup=0.2, ema=0.5, clip=10.0),
 }
+
+
+def shown(
+    samples: Sequence[Keyframe], lanes: int, share: float, seed: int
+) -> tuple[Callable[[int], Iterator[list[Shot]]], int]:
+    """What each epoch shows, a `share` of the scenes and others each time, and how many rows of `lanes` that are."""
+    scenes = in_scenes(samples)
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    count = max(1, round(share * len(scenes)))
+
+    def batches(epoch: int) -> Iterator[list[Shot]]:
+        chosen = [scenes[order[(epoch * count + i) % len(scenes)]] for i in range(count)]
+        return streams([k for scene in chosen for k in scene], lanes, seed * 1009 + epoch, train=True)
+
+    return batches, max(1, -(-round(share * len(samples)) // lanes))
 
 
 class Memory:

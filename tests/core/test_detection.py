@@ -18,7 +18,7 @@ from core.evaluation.detection import (
     mean_average_precision,
     suppress,
 )
-from core.evaluation.intervals import clopper_pearson, group_bootstrap
+from core.evaluation.intervals import clopper_pearson, group_bootstrap, paired_gain
 from core.kit import InputError
 
 
@@ -251,3 +251,13 @@ def test_bootstrap_is_wider_where_groups_differ_and_needs_two():
     assert apart[1] - apart[0] > 0.2
     with pytest.raises(ValueError, match="1 groups with trials"):
         group_bootstrap([3, 0], [4, 0])
+
+
+def test_gain_by_seeds_is_students() -> None:
+    """By a table of Student's t: 4.3027 for two degrees of freedom at 97.5 %."""
+    mean, low, high = paired_gain([1.0, 2.0, 6.0])
+    assert mean == pytest.approx(3.0)
+    half = 4.30265 * math.sqrt(7.0) / math.sqrt(3)
+    assert (low, high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+    with pytest.raises(ValueError, match="at least 2"):
+        paired_gain([1.0])
