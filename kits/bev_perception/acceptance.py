@@ -30,7 +30,7 @@ GATES: tuple[Gate, ...] = (
     Gate("NDS of the FP32 detector", "nds", ">= 40", "%", stage="original"),
     Gate("loss of NDS", "accuracy_loss", "<= 1.5", "points"),
     Gate("loss by night beyond that by day", "night_loss_excess", "<= 0", "points"),
-    Gate("sudden obstacles found, against FP32", "sudden_recall_gain", ">= 0", "points"),
+    Gate("sudden obstacles found with the dynamic path, against FP32", "sudden_recall_gain", ">= 0", "points"),
     Gate("channels gone", "channels_removed", ">= 60", "%"),
     Gate("sparse utilization", "sparse_utilization", ">= 82", "%"),
     Gate("compute at 10 Hz", "tops", "<= 10", "TOPS"),

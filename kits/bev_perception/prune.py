@@ -53,8 +53,9 @@ def coupled(model: nn.Module) -> list[Group]:
         elif isinstance(module, Fusion):
             groups.append(_inside(name, "conv1", ("bn1",), "conv2", module.conv1.out_channels))
         elif isinstance(module, Distances):
-            hidden = cast(nn.Conv2d, module.layers[0]).out_channels
-            groups.append(_inside(name, "layers.0", (), "layers.2", hidden))
+            for maker, reader in ((0, 2), (2, 4)):
+                hidden = cast(nn.Conv2d, module.layers[maker]).out_channels
+                groups.append(_inside(name, f"layers.{maker}", (), f"layers.{reader}", hidden))
     return groups
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kits.bev_perception.model import geometry
 from kits.bev_perception.model.detector import BEVFormer, example_inputs
 from kits.bev_perception.model.fusion import Fusion
-from kits.bev_perception.model.lift import FAR, LENS, NEAR, atlas, bin_of, focal, told, weigh
+from kits.bev_perception.model.lift import FAR, GROUND, LENS, NEAR, atlas, bin_of, focal, street, told, weigh
 from tests.kits.bev_models import MICRO
 
 LIFTED = replace(MICRO, depth_bins=8)
@@ -47,6 +47,38 @@ def test_bins_grow_by_a_factor() -> None:
     assert bin_of(torch.tensor([0.1, 1e6]), 8).tolist() == [0.0, 7.0]
 
 
+@pytest.mark.parametrize("yaw", [0.0, 1.1])
+def test_pixels_know_where_the_street_is(yaw: float) -> None:
+    """Points on a flat street, projected: the code of the pixel they fall into is their distance."""
+    matrix = camera(LENS * 80, 60.0, yaw)[None, None]
+    for ahead, aside in ((8.0, 0.5), (12.0, -2.0), (20.0, 3.0)):
+        point = torch.tensor(
+            [ahead * math.cos(yaw) + aside * math.sin(yaw), ahead * math.sin(yaw) - aside * math.cos(yaw), GROUND, 1.0]
+        )
+        u, v, depth = (matrix[0, 0] @ point)[:3].tolist()
+        column, row = int(u / depth / 0.5), int(v / depth / 0.5)  # a map of half pixels
+        codes = street(matrix, (120, 160), (60, 80))[0, 0, :, row, column]
+        assert codes[0] == pytest.approx(4 / depth, rel=0.05)
+        assert codes[1] == pytest.approx(math.log(depth / NEAR) / math.log(FAR / NEAR), abs=0.02)
+        assert codes[2] == pytest.approx(math.sin(2 * math.pi * codes[1].item()), abs=1e-5)
+    above = street(matrix, (120, 160), (60, 80))[0, 0, :, 10, 80]
+    assert above[0] < 0 and above[1] == pytest.approx(1.0)
+
+
+def test_a_wide_lens_sees_the_street_as_far_as_things_on_it() -> None:
+    """Half the focal length: the same share for the same `told` distance."""
+    for fx in (LENS * 80, LENS * 40):
+        matrix = camera(fx, 60.0, 0.0)[None, None]
+        u, v, depth = (matrix[0, 0] @ torch.tensor([10.0, 0.0, GROUND, 1.0]))[:3].tolist()
+        codes = street(matrix, (120, 160), (60, 80))[0, 0, :, int(v / depth / 0.5), int(u / depth / 0.5)]
+        said = float(told(torch.tensor([[depth]]), matrix[0], 80))
+        assert codes[1] == pytest.approx(math.log(said / NEAR) / math.log(FAR / NEAR), abs=0.02)
+
+
+def test_a_camera_without_calibration_says_nothing_that_is_not_finite() -> None:
+    assert street(torch.zeros(1, 2, 4, 4), (3, 4), (24, 32)).isfinite().all()
+
+
 def test_weights_are_linear_between_pixels_and_bins() -> None:
     torch.manual_seed(0)
     E, N, h, w = 5, 2, 3, 4
@@ -68,7 +100,7 @@ def test_pixels_that_know_nothing_change_nothing_but_at_the_border() -> None:
     lifted = BEVFormer(LIFTED).eval()
     missing = lifted.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert {key.split(".")[1] for key in missing} == {"distances"}
-    last = lifted.get_submodule("pts_bbox_head.distances.layers.2")
+    last = lifted.get_submodule("pts_bbox_head.distances.layers.4")
     for parameter in last.parameters():
         torch.nn.init.zeros_(parameter)
     inputs = tuple(example_inputs(MICRO).values())
@@ -86,7 +118,7 @@ def test_a_cell_takes_of_a_pixel_what_is_at_its_own_distance() -> None:
     model = BEVFormer(LIFTED).eval()
     head = model.pts_bbox_head
     assert head.distances is not None
-    last = head.distances.layers[2]
+    last = head.distances.layers[4]
     torch.nn.init.zeros_(last.weight)
     with torch.no_grad():
         last.bias.copy_(torch.where(torch.arange(8) == bin_of(torch.tensor(10.0), 8).round(), 30.0, 0.0))

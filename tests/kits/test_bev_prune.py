@@ -78,7 +78,7 @@ def test_groups_that_the_kit_tells_are_exact_and_wrong_ones_are_refused() -> Non
     reference = outputs(model, inputs)
     told = prune.coupled(model)
     layers = CONFIG.encoder_layers * 2 + CONFIG.decoder_layers
-    assert len(told) == layers + 5
+    assert len(told) == layers + 6
     assert [fault(model, inputs, group, reference) for group in told] == [""] * len(told)
     values = next(g for g in told if g.name.endswith("attentions.0.value_proj"))
     mixed = replace(values, blocks=(tuple(range(values.channels)),))  # heads that lose unequally many

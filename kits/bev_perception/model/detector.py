@@ -123,7 +123,9 @@ class Head(nn.Module):
         points, inside, depth = geometry.project(self.pillars, lidar2img, image_shape)
         depth = told(depth, lidar2img, image_shape[1])
         views = geometry.views(points, inside, depth, camera_mask, config.cameras_per_query)
-        far = Far(atlas(self.distances(features[0])), config.depth_bins) if self.distances is not None else None
+        far = None
+        if self.distances is not None:
+            far = Far(atlas(self.distances(features[0], lidar2img, image_shape)), config.depth_bins)
         images = torch.cat(
             [
                 f.flatten(3).transpose(2, 3) + (transformer.cams_embeds[:, None] + transformer.level_embeds[level])

@@ -112,7 +112,7 @@ class Learner(nn.Module):
         dense = head.dense(bev)
         parts = head_losses(head, bev, dense, truths, self.denoiser, self.denoising_weight)
         if self.pixels is not None:
-            far = head.distances(features[0]) if head.distances is not None else None
+            far = head.distances(features[0], view.lidar2img, shape) if head.distances is not None else None
             parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths, far).items()}
         return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense)
 

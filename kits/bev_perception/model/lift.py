@@ -46,18 +46,62 @@ def told(depth: Tensor, matrix: Tensor, width: int) -> Tensor:
     return depth * ratio.view(*ratio.shape, *(1,) * (depth.dim() - ratio.dim()))
 
 
+GROUND = -1.84
+"""Metres: the height of the street in the LiDAR's frame, as it is mounted on nuScenes' cars."""
+WAVES = (1, 2, 4)
+CODES = 2 + 2 * len(WAVES)
+"""What a pixel is told of the street there, see `street`."""
+
+
 class Distances(nn.Module):
-    """Features (B, N, C, h, w) -> logits (B, N, E, h, w) of the distance along the camera's axis."""
+    """Features (B, N, C, h, w) -> logits (B, N, E, h, w) of the distance, from them and from where the street lies."""
 
     def __init__(self, channels: int, bins: int) -> None:
         super().__init__()
         self.bins = bins
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, bins, 1)
-        )
+            nn.Conv2d(channels + CODES, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, bins, 1),
+        )  # fmt: skip
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+    def forward(self, features: Tensor, lidar2img: Tensor, image_shape: tuple[int, int]) -> Tensor:
+        """lidar2img (B, N, 4, 4) is for images of `image_shape` (height, width)."""
+        codes = street(lidar2img, (int(features.shape[-2]), int(features.shape[-1])), image_shape)
+        both = torch.cat((features, codes.to(features.dtype)), 2)
+        return self.layers(both.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+
+def street(lidar2img: Tensor, shape: tuple[int, int], image_shape: tuple[int, int]) -> Tensor:
+    """How far away a flat street is in every pixel of a map of `shape` (h, w): codes (B, N, CODES, h, w).
+
+    What stands on the street is as far away as the street where it touches it, which no convolution knows that does
+    not know how high in the picture it looks. The codes are one over the distance, its share of NEAR..FAR (the last
+    above the horizon), and sine and cosine of the share's multiples.
+    """
+    (h, w), (H, W) = shape, image_shape
+    first, second, third = (lidar2img[..., :3, i] for i in range(3))
+    across = _cross(first, second)
+    volume = (across * third).sum(-1, keepdim=True)
+    # the last row of the inverse of the matrix's left part: how fast a ray falls, by its pixel; a camera without
+    # calibration has none
+    fall = across / torch.where(volume.abs() < 1e-9, 1.0, volume)
+    height = GROUND + (fall * lidar2img[..., :3, 3]).sum(-1)
+    height = torch.where(height.abs() < 0.1, -0.1, height)[..., None, None]
+    y, x = torch.meshgrid(
+        (torch.arange(h, device=fall.device) + 0.5) * (H / h), (torch.arange(w, device=fall.device) + 0.5) * (W / w),
+        indexing="ij",
+    )  # fmt: skip
+    a, b, c = (fall[..., i, None, None] for i in range(3))
+    nearness = (a * x + b * y + c) / height * (focal(lidar2img)[..., 0] / (LENS * W))[..., None, None]
+    share = (nearness.clamp(1 / FAR, 1 / NEAR) * NEAR).log() / -math.log(FAR / NEAR)
+    waves = [wave(2 * math.pi * k * share) for k in WAVES for wave in (torch.sin, torch.cos)]
+    return torch.stack(((4 * nearness).clamp(-1, 2), share, *waves), 2)
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    (ax, ay, az), (bx, by, bz) = a.unbind(-1), b.unbind(-1)
+    return torch.stack((ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx), -1)
 
 
 def bin_of(depth: Tensor, bins: int) -> Tensor:
