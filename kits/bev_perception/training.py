@@ -17,6 +17,7 @@ from kits.bev_perception.model.configs import NANO, Config
 from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.detector import BEVFormer, empty_memory
 from kits.bev_perception.model.learner import Batch, Learner
+from kits.bev_perception.model.loss import rarity
 
 LANES = 2
 """Scenes that a process shows side by side."""
@@ -98,7 +99,9 @@ def train_detector(
     """
     torch.manual_seed(schedule.seed)
     lanes, processes = schedule.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
-    learner = Learner(start if start is not None else BEVFormer(config), Noise(groups=3), pixels=True)
+    weights = rarity((sample.truth(config.pc_range) for sample in samples), len(config.classes))
+    detector = start if start is not None else BEVFormer(config)
+    learner = Learner(detector, Noise(groups=3), pixels=True, class_weights=weights)
     model = Streaming(learner, Memory(config, lanes))
     steps = -(-len(samples) // (lanes * processes)) * processes
 

@@ -16,7 +16,16 @@ from kits.bev_perception.model.boxes import detections, encode
 from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.detector import CODE_WEIGHTS, BEVFormer, Predictions, empty_memory, example_inputs
 from kits.bev_perception.model.learner import Batch, Learner, View
-from kits.bev_perception.model.loss import IGNORED, Targets, Truth, assigned_loss, focal, layer_loss, matched_loss
+from kits.bev_perception.model.loss import (
+    IGNORED,
+    MOVING,
+    Targets,
+    Truth,
+    assigned_loss,
+    focal,
+    layer_loss,
+    matched_loss,
+)
 from kits.bev_perception.model.matching import cost, match
 from tests.kits.bev_models import MICRO
 
@@ -113,7 +122,9 @@ def test_perfect_predictions_cost_nothing_in_any_order() -> None:
     parts = matched_loss(Predictions(scores, codes), [truth], WEIGHTS)
     assert sum(float(v) for v in parts.values()) == pytest.approx(0.0, abs=1e-5)
     worse = matched_loss(Predictions(scores, codes + 0.1), [truth], WEIGHTS)
-    assert float(worse["0.box"]) == pytest.approx(0.25 * 0.1 * sum(CODE_WEIGHTS), rel=1e-4)
+    moving = float((1 + truth.boxes[:, 7:9].norm(dim=1) / MOVING).mean())
+    wanted = 0.25 * 0.1 * (sum(CODE_WEIGHTS[:8]) + moving * sum(CODE_WEIGHTS[8:]))
+    assert float(worse["0.box"]) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_an_empty_scene_has_a_loss() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from core.train import Schedule
+from kits.bev_perception.data import streams as data_streams
 from kits.bev_perception.data.keyframes import Keyframe, in_scenes, keyframes, to_global
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.streams import AS_IT_IS, Shot, Variation, collate, streams, with_past
@@ -22,7 +23,7 @@ from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.geometry import shift
 from kits.bev_perception.model.learner import Learner
 from kits.bev_perception.model.lift import LENS, bin_of
-from kits.bev_perception.model.loss import Truth
+from kits.bev_perception.model.loss import Truth, code_error, focal, rarity
 from kits.bev_perception.model.proposals import FINE, Dense, Proposals
 from kits.bev_perception.model.state import BevState
 from kits.bev_perception.training import train_detector
@@ -40,17 +41,30 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Keyframe]:
     return keyframes(data, data.split("all"))
 
 
-def test_streams_show_every_frame_once_and_scenes_in_order(samples: list[Keyframe]) -> None:
-    rows = list(streams(samples, 2, 0, train=True))
-    assert len(rows) == 4
-    shown = [shot.keyframe.token for row in rows for shot in row]
-    assert sorted(shown) == sorted(sample.token for sample in samples)
+def test_streams_show_every_frame_once_in_pieces_in_order(
+    samples: list[Keyframe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_streams, "PIECE", 3)
+    shown = [shot for (shot,) in streams(samples, 1, 0, train=True)]
+    assert sorted(s.keyframe.token for s in shown) == sorted(sample.token for sample in samples)
+    pieces: list[list[Shot]] = []
+    for shot in shown:
+        if shot.before is None:
+            pieces.append([])
+        pieces[-1].append(shot)
+    assert len(pieces) >= 4 and max(map(len, pieces)) <= 3
+    for piece in pieces:
+        assert len({(s.keyframe.scene, s.variation) for s in piece}) == 1
+        assert all(b.before == a.keyframe for a, b in zip(piece, piece[1:]))
+    assert [s.keyframe.token for (s,) in streams(samples, 1, 0, train=True)] == [s.keyframe.token for s in shown]
+
+
+def test_streams_as_they_are_show_whole_scenes(samples: list[Keyframe]) -> None:
+    rows = list(streams(samples, 2, 0, train=False))
     for lane in zip(*rows, strict=True):
         assert [shot.keyframe.index for shot in lane] == [0, 1, 2, 3]
         assert lane[0].before is None and lane[2].before == lane[1].keyframe
-        assert len({shot.variation for shot in lane}) == 1
-    again = [shot.keyframe.token for row in streams(samples, 2, 0, train=True) for shot in row]
-    assert again == shown
+        assert {shot.variation for shot in lane} == {AS_IT_IS}
 
 
 def test_a_lane_that_runs_out_begins_another_scene(samples: list[Keyframe]) -> None:
@@ -274,3 +288,27 @@ def test_training_goes_on_where_it_stopped(samples: list[Keyframe], tmp_path: Pa
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert whole.history[1]["loss"] < whole.history[0]["loss"]
+
+
+def test_rare_classes_count_more() -> None:
+    """Sixteen cars and a bus, none of eight other classes: the mean is 1.7."""
+    truths = [boxes_at((1.0, 2.0)), boxes_at((3.0, 4.0))]
+    truths[0].labels[:] = CLASSES.index("bus")
+    weights = rarity([*[truths[1]] * 16, truths[0]], 10)
+    assert weights[CLASSES.index("bus")] == pytest.approx(math.sqrt(1.7))
+    assert weights[0] == pytest.approx(0.5) and weights.max() == pytest.approx(math.sqrt(1.7))
+    scores, labels = torch.zeros(4, 10), torch.tensor([0, CLASSES.index("bus"), 10, 10])
+    each = torch.stack([focal(scores, labels, torch.eye(10)[k]) for k in range(10)])
+    assert focal(scores, labels) == pytest.approx(each.sum().item(), rel=1e-5)
+    assert focal(scores, labels, weights) == pytest.approx((each * weights).sum().item(), rel=1e-5)
+
+
+def test_what_moves_counts_more_than_what_stands() -> None:
+    wanted = torch.zeros(3, 10)
+    wanted[1, 8:] = torch.tensor([3.0, 4.0])
+    wanted[2, 8:] = torch.nan
+    found = wanted.nan_to_num() + 1
+    weights = torch.tensor([1.0] * 8 + [0.2, 0.2])
+    lost = code_error(found, wanted, weights)
+    assert lost[:, :8].tolist() == [[1.0] * 8] * 3
+    assert lost[:, 8:].flatten().tolist() == pytest.approx([0.2, 0.2, 0.2 * 3.5, 0.2 * 3.5, 0.0, 0.0])

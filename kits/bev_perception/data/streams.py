@@ -1,6 +1,6 @@
 """What training takes: scenes as streams of varied frames, so that every frame has the history a drive gives it.
 
-A batch has B lanes; a lane shows one scene after the other, frame by frame, each scene varied in one way from its
+A batch has B lanes; a lane shows one piece of a scene after the other, frame by frame, each varied in one way from its
 first frame to its last: mirrored, turned, zoomed, its colours changed.
 """
 
@@ -52,6 +52,8 @@ class Variation:
 
 
 AS_IT_IS = Variation()
+PIECE = 6
+"""Frames of a scene that training shows one after the other: frames that follow each other are much alike."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,15 @@ class Shot:
 
 
 def streams(samples: Sequence[Keyframe], lanes: int, seed: int, *, train: bool) -> Iterator[list[Shot]]:
-    """Rows of `lanes` shots: with `train` scenes in a random order and varied, else as they are.
+    """Rows of `lanes` shots: with `train` pieces of at most PIECE frames in any order and varied, else whole scenes as
+    they are.
 
-    Every scene is shown once; towards the end lanes that have run out begin scenes again, so that all rows are full.
+    Every frame is shown once; towards the end lanes that have run out begin anew, so that all rows are full.
     """
     rng = np.random.default_rng(seed)
     scenes = in_scenes(samples)
+    if train:
+        scenes = [piece for scene in scenes for piece in _pieces(scene, rng)]
     order = [int(i) for i in (rng.permutation(len(scenes)) if train else range(len(scenes)))]
     waiting = iter(order)
     left = len(samples)
@@ -88,6 +93,12 @@ def streams(samples: Sequence[Keyframe], lanes: int, seed: int, *, train: bool) 
             row.append(shot)
         left -= lanes
         yield row
+
+
+def _pieces(scene: Sequence[Keyframe], rng: np.random.Generator) -> list[Sequence[Keyframe]]:
+    """A scene cut every PIECE frames, from a drawn place on."""
+    cuts = [0, *range(int(rng.integers(1, PIECE + 1)), len(scene), PIECE), len(scene)]
+    return [scene[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
 def with_past(samples: Sequence[Keyframe], variations: Sequence[Variation], config: Config, depth: int = 1) -> Batch:

@@ -17,12 +17,12 @@ from kits.bev_perception.model.configs import Config
 from kits.bev_perception.model.detector import CODE_WEIGHTS
 from kits.bev_perception.model.lift import bin_of, focal, told
 from kits.bev_perception.model.local import bearing, local_yaw
-from kits.bev_perception.model.loss import Truth
+from kits.bev_perception.model.loss import Truth, code_error
 from kits.bev_perception.model.proposals import NAIVE, Dense
 
 BOX_WEIGHT = 1.0
 DEPTH_WEIGHT = 0.5
-BIN_WEIGHT = 0.5
+BIN_WEIGHT = 1.5
 SHAPE_WEIGHT = 0.25
 SHAPE = 8
 """What a pixel says of the box there beside the log of its distance: how far its centre lies to the right and below in
@@ -46,16 +46,22 @@ def heatmap(places: Tensor, spreads: Tensor, labels: Tensor, shape: tuple[int, i
     return found
 
 
-def heat_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """CenterNet's focal loss of logits against heatmaps of the same shape, by the number of peaks (at least 1)."""
+def heat_loss(logits: Tensor, wanted: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """CenterNet's focal loss of logits (..., K, h, w) against heatmaps, by the number of peaks (at least 1); classes
+    count by weights (K,) or 1.
+    """
     peak = wanted >= 1 - 1e-4
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     missed = torch.where(peak, (1 - p) ** FOCUS * p.log(), (1 - wanted) ** BALANCE * p**FOCUS * (1 - p).log())
+    if class_weights is not None:
+        missed = missed * class_weights[:, None, None]
     return -missed.sum() / peak.sum().clamp(min=1)
 
 
-def cell_loss(dense: Dense, truths: Sequence[Truth], config: Config) -> dict[str, Tensor]:
-    """The losses "heat" and "box" of the dense head."""
+def cell_loss(
+    dense: Dense, truths: Sequence[Truth], config: Config, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The losses "heat" and "box" of the dense head, classes by weights (K,) or 1."""
     K, h, w = dense.logits.shape[1:]
     maps, said, wanted = [], [], []
     low, extent = (dense.logits.new_tensor(v) for v in (config.pc_range[:2], config.extent[:2]))
@@ -70,11 +76,12 @@ def cell_loss(dense: Dense, truths: Sequence[Truth], config: Config) -> dict[str
         column, row = cell.long().unbind(-1)
         said.append(dense.codes[index][:, row, column].T)
         wanted.append(code)
-    found, target = torch.cat(said), torch.cat(wanted)
-    known = target.isfinite()
-    apart = torch.where(known, found - torch.where(known, target, 0.0), 0.0).abs() * found.new_tensor(CODE_WEIGHTS)
+    found = torch.cat(said)
+    apart = code_error(found, torch.cat(wanted), found.new_tensor(CODE_WEIGHTS))
+    if class_weights is not None:
+        apart = apart * class_weights[torch.cat([truth.labels for truth in truths])][:, None]
     return {
-        "heat": heat_loss(dense.logits, torch.stack(maps)),
+        "heat": heat_loss(dense.logits, torch.stack(maps), class_weights),
         "box": BOX_WEIGHT * apart.sum() / max(1, len(found)),
     }
 
@@ -93,7 +100,12 @@ class PixelHead(nn.Module):
         nn.init.constant_(cast(Tensor, self.layers[2].bias)[:K], NAIVE)
 
     def forward(
-        self, features: Tensor, lidar2img: Tensor, truths: Sequence[Truth], distances: Tensor | None = None
+        self,
+        features: Tensor,
+        lidar2img: Tensor,
+        truths: Sequence[Truth],
+        distances: Tensor | None = None,
+        class_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses "heat", "depth" and "shape" of features (B, N, C, h, w) for matrices (B, N, 4, 4), and "bin" of
         the detector's own `distances` (B, N, E, h, w), see `lift.Distances`.
@@ -142,7 +154,7 @@ class PixelHead(nn.Module):
                 count += len(owner.unique())
         depth_wrong, shape_wrong, bin_wrong = (wrong / max(1, count)).unbind()
         found = {
-            "heat": heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps)),
+            "heat": heat_loss(said[:, :, :K].flatten(0, 1), torch.stack(maps), class_weights),
             "depth": DEPTH_WEIGHT * depth_wrong,
             "shape": SHAPE_WEIGHT * shape_wrong,
         }

@@ -63,36 +63,50 @@ def head_losses(
     truths: Sequence[Truth],
     denoiser: Denoiser | None = None,
     denoising_weight: float = 1.0,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What a head loses on a BEV (B, Q, C) and what its dense head says of it, by part: see `Learner.losses`."""
     queries = head.queries(bev, dense)
     parts: dict[str, Tensor] = {}
     if denoiser is None or not any(len(truth.labels) for truth in truths):
-        parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights)
+        parts |= matched_loss(head.decode(bev, queries), truths, head.code_weights, class_weights)
     else:
         extended, targets = denoiser(queries, truths)
         found, T = head.decode(bev, extended), targets.labels.shape[1]
         noised = Predictions(found.cls_scores[:, :, :T], found.bbox_preds[:, :, :T])
         plain = Predictions(found.cls_scores[:, :, T:], found.bbox_preds[:, :, T:])
-        parts |= matched_loss(plain, truths, head.code_weights)
-        again = assigned_loss(noised, targets, head.code_weights)
+        parts |= matched_loss(plain, truths, head.code_weights, class_weights)
+        again = assigned_loss(noised, targets, head.code_weights, class_weights)
         parts |= {f"dn.{name}": denoising_weight * value for name, value in again.items()}
     if dense is not None:
-        parts |= {f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config).items()}
+        parts |= {
+            f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config, class_weights).items()
+        }
     return parts
 
 
 class Learner(nn.Module):
-    """Trains `detector`; `denoiser` is left out where `noise` is None, and `pixels` unless asked for."""
+    """Trains `detector`; `denoiser` is left out where `noise` is None, and `pixels` unless asked for.
+
+    `class_weights` (K,) say how much each class counts, see `loss.rarity`.
+    """
+
+    class_weights: Tensor | None
 
     def __init__(
-        self, detector: BEVFormer, noise: Noise | None = None, denoising_weight: float = 1.0, pixels: bool = False
+        self,
+        detector: BEVFormer,
+        noise: Noise | None = None,
+        denoising_weight: float = 1.0,
+        pixels: bool = False,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.denoiser = Denoiser(detector.config, noise) if noise is not None else None
         self.pixels = PixelHead(detector.config) if pixels else None
         self.denoising_weight = denoising_weight
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""
@@ -110,10 +124,11 @@ class Learner(nn.Module):
             features, view.lidar2img, view.can_bus, self.remember(batch), view.has_prev, view.camera_mask, shape
         )
         dense = head.dense(bev)
-        parts = head_losses(head, bev, dense, truths, self.denoiser, self.denoising_weight)
+        parts = head_losses(head, bev, dense, truths, self.denoiser, self.denoising_weight, self.class_weights)
         if self.pixels is not None:
             far = head.distances(features[0], view.lidar2img, shape) if head.distances is not None else None
-            parts |= {f"pixel.{k}": v for k, v in self.pixels(features[0], view.lidar2img, truths, far).items()}
+            seen = self.pixels(features[0], view.lidar2img, truths, far, self.class_weights)
+            parts |= {f"pixel.{k}": v for k, v in seen.items()}
         return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense)
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:

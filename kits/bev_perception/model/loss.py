@@ -5,7 +5,7 @@ Letters: B batch, O object queries, L decoder layers, K classes, G boxes of a sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from kits.bev_perception.model.matching import ALPHA, GAMMA, match
 
 CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
+MOVING = 2.0
+"""Metres a second."""
 IGNORED = -1
 """The label of a query that learns nothing."""
 
@@ -44,28 +46,49 @@ class Targets:
     codes: Tensor
 
 
-def focal(cls_scores: Tensor, labels: Tensor) -> Tensor:
-    """The summed sigmoid focal loss of logits (..., K) for labels (...) as in `Targets`."""
+def focal(cls_scores: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The summed sigmoid focal loss of logits (..., K) for labels (...) as in `Targets`, by weights (K,) or 1."""
     classes = cls_scores.shape[-1]
     kept = labels != IGNORED
     scores, wanted = cls_scores[kept], F.one_hot(labels[kept], classes + 1)[:, :classes].to(cls_scores.dtype)
     p = scores.sigmoid()
     missed = torch.where(wanted > 0, 1 - p, p)
     balance = torch.where(wanted > 0, ALPHA, 1 - ALPHA)
-    return (F.binary_cross_entropy_with_logits(scores, wanted, reduction="none") * balance * missed.pow(GAMMA)).sum()
+    lost = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none") * balance * missed.pow(GAMMA)
+    return (lost if class_weights is None else lost * class_weights).sum()
 
 
-def layer_loss(cls_scores: Tensor, bbox_preds: Tensor, targets: Targets, code_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The class and the box loss of one layer's logits (B, O, K) and codes (B, O, 10).
+def layer_loss(
+    cls_scores: Tensor,
+    bbox_preds: Tensor,
+    targets: Targets,
+    code_weights: Tensor,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The class and the box loss of one layer's logits (B, O, K) and codes (B, O, 10), classes by weights (K,) or 1.
 
     Both are sums over the batch by the number of boxes in it, at least 1.
     """
     chosen = (targets.labels >= 0) & (targets.labels < cls_scores.shape[-1])
     count = chosen.sum().clamp(min=1)
-    wanted, found = targets.codes[chosen], bbox_preds[chosen]
+    apart = code_error(bbox_preds[chosen], targets.codes[chosen], code_weights)
+    if class_weights is not None:
+        apart = apart * class_weights[targets.labels[chosen]][:, None]
+    classes = focal(cls_scores, targets.labels, class_weights)
+    return CLASS_WEIGHT * classes / count, BOX_WEIGHT * apart.sum() / count
+
+
+def code_error(found: Tensor, wanted: Tensor, code_weights: Tensor) -> Tensor:
+    """Absolute differences of codes (G, 10) by weights (10,), 0 for what is not known.
+
+    A velocity counts 1 + speed / MOVING times: most things stand, and of a plain difference the best guess for what
+    might move is that it stands as well.
+    """
     known = wanted.isfinite()
-    apart = torch.where(known, found - torch.where(known, wanted, 0.0), 0.0).abs() * code_weights
-    return CLASS_WEIGHT * focal(cls_scores, targets.labels) / count, BOX_WEIGHT * apart.sum() / count
+    wanted = torch.where(known, wanted, 0.0)
+    apart = torch.where(known, found - wanted, 0.0).abs() * code_weights
+    moving = 1 + wanted[:, 8:].norm(dim=1, keepdim=True) / MOVING
+    return torch.cat((apart[:, :8], apart[:, 8:] * moving), 1)
 
 
 def targets_of(cls_scores: Tensor, bbox_preds: Tensor, truths: Sequence[Truth]) -> Targets:
@@ -79,18 +102,33 @@ def targets_of(cls_scores: Tensor, bbox_preds: Tensor, truths: Sequence[Truth]) 
     return Targets(labels, codes)
 
 
-def matched_loss(found: Predictions, truths: Sequence[Truth], code_weights: Tensor) -> dict[str, Tensor]:
+def matched_loss(
+    found: Predictions, truths: Sequence[Truth], code_weights: Tensor, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """Losses by name, "0.cls", "0.box", "1.cls", ...: every layer is matched anew."""
     parts: dict[str, Tensor] = {}
     for layer, (scores, codes) in enumerate(zip(found.cls_scores, found.bbox_preds)):
         targets = targets_of(scores, codes, truths)
-        parts[f"{layer}.cls"], parts[f"{layer}.box"] = layer_loss(scores, codes, targets, code_weights)
+        losses = layer_loss(scores, codes, targets, code_weights, class_weights)
+        parts[f"{layer}.cls"], parts[f"{layer}.box"] = losses
     return parts
 
 
-def assigned_loss(found: Predictions, targets: Targets, code_weights: Tensor) -> dict[str, Tensor]:
+def assigned_loss(
+    found: Predictions, targets: Targets, code_weights: Tensor, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """As `matched_loss`, where it is known beforehand which query learns what."""
     parts: dict[str, Tensor] = {}
     for layer, (scores, codes) in enumerate(zip(found.cls_scores, found.bbox_preds)):
-        parts[f"{layer}.cls"], parts[f"{layer}.box"] = layer_loss(scores, codes, targets, code_weights)
+        losses = layer_loss(scores, codes, targets, code_weights, class_weights)
+        parts[f"{layer}.cls"], parts[f"{layer}.box"] = losses
     return parts
+
+
+def rarity(truths: Iterable[Truth], classes: int) -> Tensor:
+    """Weights of the classes (K,): the square root of how much rarer than the mean class each is, 0.5 to 3.
+
+    The score asks for all classes alike, and a street holds twenty cars for each bus.
+    """
+    counts = sum((truth.labels.bincount(minlength=classes) for truth in truths), torch.zeros(classes))
+    return (counts.mean() / counts.clamp(min=1)).sqrt().clamp(0.5, 3.0)
