@@ -30,7 +30,7 @@ def test_tables_are_those_of_the_stored_reports() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python benchmarks/readme.py"
 
 
-KITS = ("pcb_inspection", "mobile_diffusion")
+KITS = ("pcb_inspection", "mobile_diffusion", "bev_perception")
 
 
 @pytest.mark.parametrize("readme", ["README.md", *(f"kits/{name}/README.md" for name in KITS)])

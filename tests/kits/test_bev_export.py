@@ -123,3 +123,21 @@ def test_a_deformable_backbone_runs_in_both_runtimes(tmp_path: Path) -> None:
     for name in ("fp32-onnxruntime", "fp32-openvino"):
         found = artifact.as_module(name, threads=1)(*given.values())[2]
         assert torch.allclose(found, wanted, atol=2e-3), name
+
+
+def test_what_nano_has_of_its_own_runs_in_both_runtimes(tmp_path: Path) -> None:
+    """Distances of pixels, and convolutions over BEV and memory; compared by the memory, which nothing ranks."""
+    torch.manual_seed(0)
+    model = BEVFormer(replace(SMALL, depth_bins=8, fusion=True, proposals=True)).eval()
+    nn.init.normal_(model.get_submodule("pts_bbox_head.fusion.conv2").weight, std=0.1)  # type: ignore[arg-type]
+    given = example_inputs(SMALL)
+    artifact = export({"fp32": model}, (Graph("detector", given, OUTPUTS),), "this-host", tmp_path / "a", kit="bev")
+    blind = given | {"lidar2img": given["lidar2img"].clone(), "camera_mask": torch.ones(1, 6)}
+    blind["lidar2img"][:, 2], blind["camera_mask"][:, 2] = 0.0, 0.0
+    for inputs in (given, blind):
+        with torch.no_grad():
+            wanted = model(*inputs.values())[2]
+        assert wanted.isfinite().all()
+        for name in ("fp32-onnxruntime", "fp32-openvino"):
+            found = artifact.as_module(name, threads=1)(*inputs.values())[2]
+            assert torch.allclose(found, wanted, atol=2e-3), name
