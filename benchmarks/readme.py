@@ -10,9 +10,14 @@ from core.report.tables import markdown_gates, markdown_results, markdown_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = {
-    "README.md": {"pcb_inspection": (markdown_gates, markdown_tables), "mobile_diffusion": (markdown_gates,)},
+    "README.md": {
+        "pcb_inspection": (markdown_gates, markdown_tables),
+        "mobile_diffusion": (markdown_gates,),
+        "bev_perception": (markdown_gates,),
+    },
     "kits/pcb_inspection/README.md": {"pcb_inspection": (markdown_tables, markdown_results)},
     "kits/mobile_diffusion/README.md": {"mobile_diffusion": (markdown_tables, markdown_results)},
+    "kits/bev_perception/README.md": {"bev_perception": (markdown_tables, markdown_results)},
 }
 """README -> kit whose stored report fills the block of that name -> what of it is shown."""
 
@@ -36,6 +41,25 @@ def markdown_recipes(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown_tiny(found: dict[str, Any]) -> str:
+    """The two precisions of BEVFormer-tiny in full size, timed in turns."""
+    times = {t["name"]: t for t in found["timings"]}
+    values = {f["name"]: f["value"] for f in found["figures"]}
+    lines = ["| network | p50 [ms] | p99 [ms] | layers with weights ran as |", "|:--|--:|--:|:--|"]
+    for name, audit in found["audit"].items():
+        ran = ", ".join(f"{count} {precision}" for precision, count in audit.items())
+        lines.append(f"| {name} | {times[name]['p50']:.0f} | {times[name]['p99']:.0f} | {ran} |")
+    low, high = found["interval"]
+    share = values["tiny_latency_share"]
+    lines += [
+        "",
+        f"mixed takes {share:.3f} ({low:.3f} to {high:.3f}) of FP32's time: {found['device']}, {found['threads']} "
+        f"threads, in turns, {found['rounds']} rounds. {values['tiny_parameters']:,.0f} random parameters (architecture "
+        f"only), {values['tiny_tops']:.2f} TOPS at 10 Hz.",
+    ]
+    return "\n".join(lines)
+
+
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
@@ -50,6 +74,8 @@ def rendered() -> dict[Path, str]:
             text = replace_block(text, f"{path.parent.name}-tools", tools.read_text(encoding="utf-8"))
         if kept := sorted(reports.glob("recipe-*.json")):
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
+        if (tiny := reports / "tiny.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-tiny", markdown_tiny(read_json(tiny)))
         texts[path] = text
     return texts
 
