@@ -54,8 +54,8 @@ def markdown_tiny(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"mixed takes {share:.3f} ({low:.3f} to {high:.3f}) of FP32's time: {found['device']}, {found['threads']} "
-        f"threads, in turns, {found['rounds']} rounds. {values['tiny_parameters']:,.0f} random parameters: architecture "
-        f"only. {values['tiny_tops']:.2f} TOPS at 10 Hz.",
+        f"threads, in turns, {found['rounds']} rounds. {values['tiny_parameters']:,.0f} random parameters, so of the "
+        f"architecture only. {values['tiny_tops']:.2f} TOPS at 10 Hz.",
     ]
     return "\n".join(lines)
 
