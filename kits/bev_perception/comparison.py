@@ -173,8 +173,9 @@ def _dynamic(
         "title": "Looking again: what it finds and what it costs",
         "columns": ["detector", "mean cost [FP32 passes]", "NDS", "NDS within 2 s of an event", "found in 0.5 s [%]"],
         "rows": rows,
-        "note": f"{100 * surprise.watch.share:.1f} % of the frames were looked at again, "
-        f"{100 * surprise.policy.share:g} % allowed; the worst frame costs {share + 1:.2f} passes. "
+        "note": f"{100 * surprise.watch.share:.1f} % of the frames were looked at again; a frame earns "
+        f"{surprise.policy.share:g} looks, and a scene begins with {surprise.policy.burst:g}. "
+        f"The worst frame costs {share + 1:.2f} passes. "
         f"{len(judged[f'{twin} alone'][0].sudden.delays)} sudden obstacles.",
     }
     basis = Measured(

@@ -72,7 +72,7 @@ def streams(samples: Sequence[Keyframe], lanes: int, seed: int, *, train: bool) 
     Every frame is shown once; towards the end lanes that have run out begin anew, so that all rows are full.
     """
     rng = np.random.default_rng(seed)
-    scenes = in_scenes(samples)
+    scenes: list[Sequence[Keyframe]] = list(in_scenes(samples))
     if train:
         scenes = [piece for scene in scenes for piece in _pieces(scene, rng)]
     order = [int(i) for i in (rng.permutation(len(scenes)) if train else range(len(scenes)))]
