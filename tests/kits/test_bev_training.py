@@ -287,7 +287,6 @@ def test_training_goes_on_where_it_stopped(samples: list[Keyframe], tmp_path: Pa
     assert [e["loss"] for e in resumed.history] == [e["loss"] for e in whole.history]
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
-    assert whole.history[1]["loss"] < whole.history[0]["loss"]
 
 
 def test_rare_classes_count_more() -> None:
