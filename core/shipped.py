@@ -34,7 +34,7 @@ def shipped_artifact(kit: Kit) -> Artifact:
             Console(stderr=True).print(f"{error}; exporting anew", style="dim", highlight=False, markup=False)
     console = Console(stderr=True)
     console.print(
-        "first use: exporting the shipped weights for this machine (about half a minute)", style="dim", highlight=False
+        "first use: exporting the shipped weights for this machine (a minute or two)", style="dim", highlight=False
     )
     models, meta = kit.shipped()
     # built apart and moved in with its choice made: a kill, or another fitkit at the same time, leaves no half of it

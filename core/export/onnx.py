@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def to_onnx(module: nn.Module, graph: Graph) -> Any:
     Free axes of `graph.dynamic` must stay free. Raises InputError when the names do not fit the module
     or an axis came out fixed.
     """
+    # it tells of every constant that it does not fold, which no user can do anything about
+    logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)
     dynamic = tuple(dict(graph.dynamic.get(name, {})) for name in graph.inputs) if graph.dynamic else None
     with torch.no_grad():
         program = torch.onnx.export(
