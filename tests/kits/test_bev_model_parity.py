@@ -201,7 +201,7 @@ def test_every_intermediate_result(cases: Callable[[str, str], Case], name: str)
         checked.add(key)
         case.check(key, found)
 
-    query, position, reference, history, images, shapes, _ = taken["transformer.encoder"]
+    query, position, reference, history, images, shapes, *_ = taken["transformer.encoder"]
     check("can_bus_embed", out["transformer.can_bus_mlp"])
     check("bev_query", query.transpose(0, 1))
     check("bev_pos", position.transpose(0, 1))
