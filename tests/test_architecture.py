@@ -32,7 +32,7 @@ FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floo
 
 # Slow to import, or not installed everywhere: imported where they are used.
 RUNTIMES = {
-    "ethosu", "executorch", "litert_torch", "matplotlib", "nncf", "onnxruntime", "openvino", "ray",
+    "ethosu", "executorch", "litert_torch", "matplotlib", "nncf", "onnxruntime", "openvino", "optuna", "ray",
     "tflite_micro", "torch_pruning", "ultralytics",
 }  # fmt: skip
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
