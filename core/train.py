@@ -257,7 +257,7 @@ def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.lr)
+        return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
     raise InputError(f"optimizer {schedule.optimizer!r} is not known; use 'adamw' or 'sgd'")

@@ -62,8 +62,15 @@ def top_k(model: Any) -> list[Any]:
     return nodes
 
 
-def choices(model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, work: Path) -> list[Choice]:
-    """What every TopK chooses in a runtime: a copy of the model with these as further outputs is run in `work`."""
+def choices(
+    model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, work: Path
+) -> tuple[list[Choice], tuple[Tensor, ...]]:
+    """What every TopK chooses in a runtime, and the outputs that came of it: a copy of the model with the choices as
+    further outputs is run in `work`.
+
+    A runtime compiles the copy anew and may round otherwise than in the model itself, and so choose otherwise: the
+    choices belong to these outputs, not to those of another run.
+    """
     import onnx
 
     from core.export.artifact import load_module
@@ -71,7 +78,7 @@ def choices(model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, 
 
     nodes = top_k(model)
     if not nodes:
-        return []
+        return [], ()
     already = len(model.graph.output)
     path = work / "choices.onnx"
     here = {o.name for o in model.graph.output}
@@ -85,4 +92,5 @@ def choices(model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, 
     found = dict(zip(names, load_module(runtime, path, None, as_tuple=True)(*inputs), strict=True))
     for left in work.glob("choices.onnx*"):
         left.unlink()
-    return [Choice(layers.layer(n), found[n.output[0]], found[n.output[1]].long()) for n in nodes]
+    chosen = [Choice(layers.layer(n), found[n.output[0]], found[n.output[1]].long()) for n in nodes]
+    return chosen, tuple(found[name] for name in names[:already])

@@ -70,7 +70,7 @@ class Verdict:
         values |= {"nds_present": (100 * present.nds, "%"), "map_present": (100 * present.mean_ap, "%")}
         units = {"trans_err": "m", "scale_err": "1-IoU", "orient_err": "rad", "vel_err": "m/s", "attr_err": "1-acc"}
         values |= {name: (errors[name], unit) for name, unit in units.items()}
-        for name in ("day", "night", "event"):
+        for name in ("day", "night", "rain", "event"):
             found = self.groups.get(name)
             values[f"nds_{name}"] = (100 * found.nds if found else float("nan"), "%")
             values[f"map_{name}"] = (100 * found.mean_ap if found else float("nan"), "%")

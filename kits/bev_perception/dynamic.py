@@ -8,8 +8,10 @@ known beforehand and the worst frame costs one small and one large pass.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +69,15 @@ class Watch:
         self.alarms.append(alarm)
         self.cues.append(cues)
         self.again.append(again)
+
+
+def freeze_alarm(alarms: Sequence[float], share: float = Policy.share) -> float:
+    """The alarm that only the `share` of frames with the highest ones reaches: a lower one has spent its budget on
+    everyday frames when a surprise comes.
+
+    `alarms` are those of validation frames (`Watch.alarms`). Raises ValueError without any.
+    """
+    return float(np.quantile(np.asarray(alarms), 1 - share, method="higher"))
 
 
 class Dynamic(nn.Module):

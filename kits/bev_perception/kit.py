@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -33,6 +34,7 @@ from kits.bev_perception.data.default import default_set
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.streams import AS_IT_IS, Variation, with_past
+from kits.bev_perception.dynamic import Dynamic, Policy, freeze_alarm
 from kits.bev_perception.metrics.results import write_results
 from kits.bev_perception.model.boxes import detections
 from kits.bev_perception.model.configs import NANO
@@ -85,12 +87,13 @@ class BevPerception:
         return _load(BEVFormer(CONFIG), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        """FP32 and INT8 as shipped, and the frozen threshold."""
+        """FP32 as shipped, what `whole` made of it (or `mixed`, where that alone ships), and what was frozen."""
         card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
-        int8 = replay(BEVFormer(CONFIG), card["int8"])
-        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {
-            "threshold": card["threshold"]
-        }
+        if shipped.is_there():
+            int8 = shipped.build(self.model()).eval()
+        else:
+            int8 = _load(replay(BEVFormer(CONFIG), card["int8"]), WEIGHTS / "int8.safetensors")
+        return {"fp32": self.model(), "int8": int8}, {k: card[k] for k in ("threshold", "alarm") if k in card}
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Keyframe]:
         """The keyframes of a split of a nuScenes-format folder or of the generated set; "smoke" takes at most 24."""
@@ -163,14 +166,19 @@ class BevPerception:
         return "test"
 
     def freeze(self, module: nn.Module, data: Path | None, preset: str) -> dict[str, Any]:
-        """The threshold of pictures and warnings, frozen on validation scenes; of a folder without a split of its own
-        for that the shipped one stays.
+        """The threshold of pictures and warnings, and the alarm of the dynamic path, frozen on validation scenes; of a
+        folder without a split of its own for that the shipped threshold stays.
         """
         if data is not None and self._split(data, "val") == self._split(data, "test"):
             return self.shipped()[1]
         samples = self.dataset(data, "val", preset)
-        threshold = freeze_threshold(samples, self.predictions(module, samples, "validating"))
-        return {"threshold": threshold, "frozen_on": f"{len(samples)} validation frames"}
+        cues = Dynamic(module, module, CONFIG, Policy(alarm=math.inf))
+        threshold = freeze_threshold(samples, observed(cues, samples, CONFIG, "validating"))
+        return {
+            "threshold": threshold,
+            "alarm": freeze_alarm(cues.watch.alarms),
+            "frozen_on": f"{len(samples)} validation frames",
+        }
 
     def predictions(self, module: nn.Module, samples: Sequence[Keyframe], label: str) -> dict[str, Boxes]:
         """What a detector finds in keyframes, by token; an artifact's variant watches the same frames only once."""
@@ -244,7 +252,7 @@ class BevPerception:
             "seed": training.SCHEDULES[preset].seed,
             "command": f"fitkit train bev_perception {'--data DIR ' if data else ''}--preset {preset}",
         }
-        write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
+        write_card(weights, history(out / "steps"), artifact.meta, scores, about)
         return figures
 
     def check(self, inputs: Sequence[str]) -> None:

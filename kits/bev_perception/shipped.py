@@ -32,7 +32,8 @@ class TakeShipped(Step):
     """
 
 
-def _build(model: nn.Module) -> nn.Module:
+def build(model: nn.Module) -> nn.Module:
+    """The compressed detector that ships, of the shipped one; InputError for files that are not those of its card."""
     small = replay(model, _card()["steps"])
     if file_hash(WHOLE) != _card()["sha256"]:
         raise InputError(f"{WHOLE}: bytes differ from {CARD.name}; install the kit anew")
@@ -40,7 +41,7 @@ def _build(model: nn.Module) -> nn.Module:
     return small
 
 
-@handles(TakeShipped, lambda model, step, structure: _build(model))
+@handles(TakeShipped, lambda model, step, structure: build(model))
 def take_shipped(model: nn.Module, step: TakeShipped, context: Context) -> Outcome:
     """The compressed detector, with what the steps of its recipe said when they made it."""
     if not is_there():
@@ -50,7 +51,7 @@ def take_shipped(model: nn.Module, step: TakeShipped, context: Context) -> Outco
             "TakeShipped: what ships was made of the shipped detector, and this is another; use --recipe mixed, or "
             f"--recipe {RECIPE} to make its own"
         )
-    return Outcome(_build(model), _card()["changed"])
+    return Outcome(build(model), _card()["changed"])
 
 
 def is_there() -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kits.bev_perception.dynamic import KEPT, Dynamic, Policy, Watch
+from kits.bev_perception.dynamic import KEPT, Dynamic, Policy, Watch, freeze_alarm
 from kits.bev_perception.model.boxes import encode
 from tests.kits.bev_models import MICRO
 
@@ -108,3 +108,12 @@ def test_a_drive_of_days_keeps_its_share_and_not_every_frame() -> None:
         watch.note(0.1, (0.0, 0.0, 0.1), index % 4 == 0)
     assert (len(watch.alarms), len(watch.cues), len(watch.again)) == (KEPT, KEPT, KEPT)
     assert watch.share == 0.25 and watch.frames == 3 * KEPT
+
+
+def test_the_frozen_alarm_is_one_that_few_frames_reach() -> None:
+    alarms = [i / 100 for i in range(100)]
+    alarm = freeze_alarm(alarms, share=0.25)
+    assert sum(a >= alarm for a in alarms) == 25
+    assert freeze_alarm([0.5] * 8) == 0.5, "where all frames are alike the budget decides"
+    with pytest.raises(IndexError):
+        freeze_alarm([])

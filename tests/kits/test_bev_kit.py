@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from core.kit import InputError, Streamed
 from core.weights import save_weights
+from kits.bev_perception import comparison
+from kits.bev_perception.acceptance import observed
 from kits.bev_perception.card import write_card
 from kits.bev_perception.data.world import generate_world
+from kits.bev_perception.dynamic import Dynamic, Policy
 from kits.bev_perception.kit import CONFIG, BevPerception
 from kits.bev_perception.metrics.results import read_results
 from kits.bev_perception.model.detector import BEVFormer
@@ -90,6 +96,37 @@ def test_evaluate_leaves_what_the_devkit_reads(kit: BevPerception, folder: Path,
     assert 0 <= metrics["map"] < 5, "random weights find next to nothing"
 
 
+def test_threshold_and_alarm_are_frozen_on_validation_frames(
+    kit: BevPerception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = kit.dataset(folder, "train")
+    monkeypatch.setattr(kit, "_split", lambda data, split: split)
+    monkeypatch.setattr(kit, "dataset", lambda data, split, preset: samples if split == "val" else [])
+    meta = kit.freeze(kit._own(), folder, "full")
+    path = Dynamic(kit._own(), kit._own(), CONFIG, Policy(alarm=meta["alarm"]))
+    observed(path, samples, CONFIG, "again")
+    assert meta["frozen_on"] == "3 validation frames"
+    assert 0 < sum(alarm >= meta["alarm"] for alarm in path.watch.alarms) <= len(samples)
+    assert any(alarm == pytest.approx(meta["alarm"]) for alarm in path.watch.alarms)
+
+
+def test_an_answer_that_comes_late_is_judged_by_where_things_are_then(
+    kit: BevPerception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = kit.dataset(folder, "test")
+    truth = {s.token: s.data.truth(s.token) for s in samples}
+    known = {token: replace(boxes, scores=np.full(len(boxes), 0.9)) for token, boxes in truth.items()}
+    monkeypatch.setattr(comparison, "runtime_title", lambda *_: "a runtime")
+    artifact = SimpleNamespace(meta={"threshold": 0.3}, sha256="0" * 64, as_module=lambda name, threads: name)
+    took = {"slow": 40.0, "fast": 0.0}
+    figures, table = comparison._streaming(lambda *_: known, artifact, ("slow", "fast"), samples, took)
+    slow, fast = table["rows"]
+    assert fast[2] == fast[3] == fast[4], "what is ready at once is never late"
+    assert slow[2] == fast[2] and slow[3] < slow[2], "the first frame has no answer yet, the others an old one"
+    assert slow[3] <= slow[4] < slow[2], "boxes that were moved on are nearer"
+    assert [(f.stage, round(f.value, 2)) for f in figures] == [("original", slow[4]), ("compressed", fast[4])]
+
+
 def test_weights_that_are_not_there_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fitkit train bev_perception"):
         BevPerception().model(tmp_path)
@@ -103,8 +140,12 @@ def test_the_card_says_what_a_card_must(kit: BevPerception, folder: Path, tmp_pa
         "data": "the folder given", "frames": {"train": 3, "val": 3, "test": 3}, "parameters": 2, "seconds": 60,
         "device": "a machine", "seed": 0, "command": "fitkit train",
     }  # fmt: skip
-    write_card(tmp_path, [], 0.3, scores, about)
+    write_card(tmp_path, [], {"threshold": 0.3, "alarm": 0.8}, scores, about)
     text = (tmp_path / "README.md").read_text()
     for word in ("fp32.safetensors", "int8.safetensors", "Licence", "Seed", "Data", "Limits"):
         assert word in text
-    assert json.loads((tmp_path / "card.json").read_text())["threshold"] == 0.3
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert (card["threshold"], card["alarm"]) == (0.3, 0.8)
+    (tmp_path / "int8.safetensors").rename(tmp_path / "whole.safetensors")
+    write_card(tmp_path, [], {"threshold": 0.3}, scores, about)
+    assert "`whole.safetensors` what the recipe `whole` made" in (tmp_path / "README.md").read_text()

@@ -112,8 +112,12 @@ class Head(nn.Module):
         has_prev: Tensor,
         camera_mask: Tensor,
         image_shape: tuple[int, int],
+        distances: Tensor | None = None,
     ) -> Tensor:
-        """Features (B, N, C, h, w) of every level -> the BEV (B, Q, C); the rest as in `BEVFormer.forward`."""
+        """Features (B, N, C, h, w) of every level -> the BEV (B, Q, C); the rest as in `BEVFormer.forward`.
+
+        `distances` are what `self.distances` says of the finest level, where that is known already.
+        """
         config, transformer = self.config, self.transformer
         moved_by = transformer.can_bus_mlp(can_bus)
         query = self.bev_embedding.weight + moved_by[:, None]
@@ -125,7 +129,9 @@ class Head(nn.Module):
         views = geometry.views(points, inside, depth, camera_mask, config.cameras_per_query)
         far = None
         if self.distances is not None:
-            far = Far(atlas(self.distances(features[0], lidar2img, image_shape)), config.depth_bins)
+            if distances is None:
+                distances = self.distances(features[0], lidar2img, image_shape)
+            far = Far(atlas(distances), config.depth_bins)
         images = torch.cat(
             [
                 f.flatten(3).transpose(2, 3) + (transformer.cams_embeds[:, None] + transformer.level_embeds[level])
