@@ -72,6 +72,8 @@ def within(space: Space, free: Sequence[str]) -> Space:
 class _Paths(nn.Module):
     """A supernet with the loss of the paths that a step trains, so that the loop sees one module and one loss."""
 
+    step: Tensor
+
     def __init__(self, supernet: nn.Module, loss: Loss, space: Space, paths: int, seed: int) -> None:
         super().__init__()
         self.supernet, self._loss, self._space, self._paths, self._seed = supernet, loss, space, paths, seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -234,6 +235,27 @@ def test_parity_gives_torch_the_choice_of_the_runtime(tmp_path: Path) -> None:
                       runtimes=["onnxruntime"])  # fmt: skip
     told = {n: v.parity["graphs"]["best"]["choices"] for n, v in artifact.variants.items()}
     assert told["fp32-onnxruntime"] == [] and told["mixed-onnxruntime"][0]["moved"] == 0
+
+
+def test_a_file_that_chooses_otherwise_than_its_copy_is_told_by_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime compiles the copy that tells the choices anew, and may choose in another order in it."""
+    torch.manual_seed(0)
+    graph = Graph("best", {"images": torch.rand(1, 3, 8, 8)}, ("boxes",))
+    model = Best().eval()
+    small, _ = compress(model, Recipe("r", (Half(layers=("box",)),), "", ""), ToyKit())
+    exporting = sys.modules["core.export"]
+    real = exporting.load_module
+
+    def otherwise(runtime: str, path: Path, *rest: object, **more: object) -> object:
+        run = real(runtime, path, *rest, **more)
+        return lambda *given: tuple(t.flip(1) for t in run(*given))
+
+    monkeypatch.setattr(exporting, "load_module", otherwise)
+    export({"mixed": small}, (graph,), "this-host", tmp_path / "a", kit="toy", runtimes=["onnxruntime"])
+    with pytest.raises(ParityError, match="'boxes' disagrees"):
+        export({"fp32": model}, (graph,), "this-host", tmp_path / "b", kit="toy", runtimes=["onnxruntime"])
 
 
 def test_errors_are_those_of_each_layer_alone() -> None:
