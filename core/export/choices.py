@@ -62,23 +62,20 @@ def top_k(model: Any) -> list[Any]:
     return nodes
 
 
-def choices(
-    model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, work: Path
-) -> tuple[list[Choice], tuple[Tensor, ...]]:
-    """What every TopK chooses in a runtime, and the outputs that came of it: a copy of the model with the choices as
-    further outputs is run in `work`.
+def choices(model: Any, layers: Layers, inputs: Sequence[Tensor], runtime: str, work: Path) -> list[Choice]:
+    """What every TopK chooses in a runtime: a copy of the model with these as further outputs is run in `work`.
 
-    A runtime compiles the copy anew and may round otherwise than in the model itself, and so choose otherwise: the
-    choices belong to these outputs, not to those of another run.
+    The copy is written as the model itself is: OpenVINO rounds otherwise in an ONNX file than in the IR it makes of it.
     """
     import onnx
 
+    from core.export import openvino
     from core.export.artifact import load_module
     from core.export.onnx import save_onnx
 
     nodes = top_k(model)
     if not nodes:
-        return [], ()
+        return []
     already = len(model.graph.output)
     path = work / "choices.onnx"
     here = {o.name for o in model.graph.output}
@@ -89,8 +86,10 @@ def choices(
         names = [o.name for o in model.graph.output]
     finally:
         del model.graph.output[already:]
+    if runtime == "openvino":
+        openvino.save_ir(path, path.with_suffix(".xml"))
+        path = path.with_suffix(".xml")
     found = dict(zip(names, load_module(runtime, path, None, as_tuple=True)(*inputs), strict=True))
-    for left in work.glob("choices.onnx*"):
+    for left in work.glob("choices.*"):
         left.unlink()
-    chosen = [Choice(layers.layer(n), found[n.output[0]], found[n.output[1]].long()) for n in nodes]
-    return chosen, tuple(found[name] for name in names[:already])
+    return [Choice(layers.layer(n), found[n.output[0]], found[n.output[1]].long()) for n in nodes]

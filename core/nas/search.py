@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.kit import InputError
 from core.nas.samplers import PARETO, RANDOM, distributions, sampler
-from core.nas.space import Candidate, Space, Value
+from core.nas.space import Space, Value
 from core.nas.study import OWNER, WHY, Direction, abandoned, open_storage, open_study, owner, quiet
 from core.nas.workers import Evaluate, Outcome, Pool, pool
 from core.progress import progress
@@ -102,70 +102,59 @@ def weighted(accuracy: float, latency: float, target: float, w: float = -0.07) -
     return accuracy * (latency / target) ** w
 
 
-def search(
-    space: Space,
-    evaluate: Evaluate,
-    goals: Sequence[Goal],
-    *,
-    searcher: str,
-    trials: int,
-    storage: str | Path | None = None,
-    name: str = "search",
-    workers: int | str = 1,
-    seed: int = 0,
-    population: int = 16,
-) -> Found:
-    """Evaluate `trials` candidates of a space and return them with what was found.
+@dataclass(frozen=True)
+class SearchPlan:
+    """Who searches, how long, with whom, and where its trials are kept.
 
-    `evaluate` gives metrics by name, every goal among them. In a `storage` (a file or an SQL URL) the study of `name`
-    goes on from its trials, of which `trials` are wanted in all; several processes may work on one at a time. A
-    candidate that raises has failed, with its reason, and counts; one whose worker died is tried once more. Raises
-    InputError for a space without members, before anything is evaluated, for a storage that is not this search's, and
-    where FAILURES candidates fail in a row.
+    In a `storage` (a file or an SQL URL; None: in memory) the study of `name` goes on from its trials, of which
+    `trials` are wanted in all. `workers` are processes of this machine, or "ray"; `population` is that of the
+    evolutions.
     """
-    if trials < 1:
-        raise InputError(f"trials {trials}: expected a number above 0")
+
+    searcher: str
+    trials: int
+    storage: str | Path | None = None
+    name: str = "search"
+    workers: int | str = 1
+    seed: int = 0
+    population: int = 16
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise InputError(f"SearchPlan.trials: {self.trials}, expected a number above 0")
+
+
+def search(space: Space, evaluate: Evaluate, goals: Sequence[Goal], plan: SearchPlan) -> Found:
+    """Evaluate the planned number of candidates of a space and return them with what was found.
+
+    `evaluate` gives metrics by name, every goal among them. A candidate that raises has failed, with its reason, and
+    counts; one whose worker died is tried once more. Several processes may work on one study; those together may
+    evaluate as many more as are under way when the last is begun. Raises InputError for a space without members, before
+    anything is evaluated, for a storage that is not this search's, and where FAILURES candidates fail in a row.
+    """
     if not goals:
         raise InputError("a search without a goal; give at least one")
-    if searcher == PARETO and len(goals) < 2:
-        raise InputError(f"searcher {searcher!r}: a front needs two goals; give another, or use another searcher")
+    if plan.searcher == PARETO and len(goals) < 2:
+        raise InputError(f"searcher {plan.searcher!r}: a front needs two goals; give another, or use another searcher")
     space.check()
     directions: dict[str, Direction] = {goal.name: "maximize" if goal.higher else "minimize" for goal in goals}
     with quiet():
-        chosen = sampler(searcher, space, len(goals), seed, population)
-        study = open_study(open_storage(storage), name, space, directions, chosen)
-        team = pool(evaluate, workers)
+        chosen = sampler(plan.searcher, space, len(goals), plan.seed, plan.population)
+        study = open_study(open_storage(plan.storage), plan.name, space, directions, chosen)
+        team = pool(evaluate, plan.workers)
         try:
-            _run(study, space, goals, team, trials, f"{name}, {searcher}")
+            _run(study, space, goals, team, plan.trials, f"{plan.name}, {plan.searcher}")
         finally:
             team.close()
-        return Found(searcher, tuple(goals), tuple(_trials(study)))
+        return Found(plan.searcher, tuple(goals), tuple(_trials(study)))
 
 
-def with_control(
-    space: Space,
-    evaluate: Evaluate,
-    goals: Sequence[Goal],
-    *,
-    searcher: str,
-    trials: int,
-    storage: str | Path | None = None,
-    name: str = "search",
-    workers: int | str = 1,
-    seed: int = 0,
-    population: int = 16,
-) -> tuple[Found, Found]:
+def with_control(space: Space, evaluate: Evaluate, goals: Sequence[Goal], plan: SearchPlan) -> tuple[Found, Found]:
     """As `search`, and random search over the same number of trials beside it, in the study "NAME-random"."""
-    if searcher == RANDOM:
+    if plan.searcher == RANDOM:
         raise InputError(f"searcher {RANDOM!r} is the control; name another one to hold it against")
-    own, control = (
-        search(
-            space, evaluate, goals, searcher=who, trials=trials, storage=storage, name=study, workers=workers,
-            seed=seed, population=population,
-        )
-        for who, study in ((searcher, name), (RANDOM, f"{name}-{RANDOM}"))
-    )  # fmt: skip
-    return own, control
+    control = replace(plan, searcher=RANDOM, name=f"{plan.name}-{RANDOM}")
+    return search(space, evaluate, goals, plan), search(space, evaluate, goals, control)
 
 
 def _run(study: Study, space: Space, goals: Sequence[Goal], team: Pool, wanted: int, label: str) -> None:
@@ -275,11 +264,3 @@ def as_json(found: Found) -> dict[str, Any]:
             for t in found.trials
         ],
     }
-
-
-def candidate_of(found: Found, number: int) -> Candidate:
-    """The candidate of a trial's number; InputError for one that is not there."""
-    for trial in found.trials:
-        if trial.number == number:
-            return trial.candidate
-    raise InputError(f"trial {number}: not one of this search's {len(found.trials)}")

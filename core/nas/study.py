@@ -54,9 +54,23 @@ def open_storage(storage: str | Path | None) -> BaseStorage | None:
 
 
 def _mend(path: Path) -> None:
-    """Take off a last line that a crash cut; InputError for a line in the middle that is not one."""
+    """Take off a last line that a crash cut; InputError for a line in the middle that is not one.
+
+    Under the journal's own lock, so that a line that another process is writing is not taken for a cut one.
+    """
+    from optuna.storages.journal import JournalFileSymlinkLock
+
     if not path.exists():
         return
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        _cut_torn(path)
+    finally:
+        lock.release()
+
+
+def _cut_torn(path: Path) -> None:
     data = path.read_bytes()
     whole, lines = 0, data.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -120,8 +134,8 @@ def open_study(
             raise InputError(f"study {name!r}: its trials are of another program; give another name")
         study.set_user_attr(SPACE, wanted)
     elif known != json.loads(json.dumps(wanted)):
-        what = "goals" if known.get("goals") != wanted["goals"] else "search space"
-        raise InputError(f"study {name!r}: was begun with another {what}; give another name or another storage")
+        what = "other goals" if known.get("goals") != wanted["goals"] else "another search space"
+        raise InputError(f"study {name!r}: was begun with {what}; give another name or another storage")
     return study
 
 
@@ -131,11 +145,14 @@ def owner() -> str:
 
 
 def abandoned(study: Study) -> Sequence[Any]:
-    """Trials that a process of this machine began and that is gone: after a kill they would run for ever."""
+    """Trials that a process of this machine began and that is gone: after a kill they would run for ever.
+
+    One that was killed before it had signed its trial leaves it running; it counts for nothing.
+    """
     from optuna.trial import TrialState
 
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if not _alive(str(trial.user_attrs.get(OWNER, "")))]
+    return [trial for trial in running if OWNER in trial.user_attrs and not _alive(str(trial.user_attrs[OWNER]))]
 
 
 def _alive(who: str) -> bool:

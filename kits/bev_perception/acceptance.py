@@ -15,7 +15,7 @@ from core.progress import progress
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe
 from kits.bev_perception.metrics.events import SuddenRecall, sudden_recall
-from kits.bev_perception.metrics.nds import Score, match
+from kits.bev_perception.metrics.nds import Matches, Score, match
 from kits.bev_perception.metrics.streaming import Frame
 from kits.bev_perception.metrics.truth import groups, read_events, tracks, truth_of
 from kits.bev_perception.model.configs import Config
@@ -93,6 +93,12 @@ class Verdict:
         }
 
 
+def matched(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes]) -> Matches:
+    """Predictions (global frame, by token) of keyframes of one folder beside what was there."""
+    tokens = [sample.token for sample in samples]
+    return match(truth_of(samples[0].data, tokens), {token: predictions[token] for token in tokens})
+
+
 def verdict(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes], threshold: float) -> Verdict:
     """Score predictions (global frame, by token) of keyframes of one folder.
 
@@ -101,7 +107,7 @@ def verdict(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes], thres
     if not samples:
         raise InputError("no keyframe to score; give a split that has some")
     data, tokens = samples[0].data, [sample.token for sample in samples]
-    matches = match(truth_of(data, tokens), {token: predictions[token] for token in tokens})
+    matches = matched(samples, predictions)
     scenes = {sample.token: sample.scene for sample in samples}
     events = [event for event in read_events(data) if event.scene in set(scenes.values())]
     chosen = groups(data, tokens, events)
@@ -119,8 +125,7 @@ def verdict(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes], thres
 
 def freeze_threshold(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes]) -> float:
     """The confidence from which a box is shown and counts as a warning: the best F1 over all classes at 2 m."""
-    data, tokens = samples[0].data, [sample.token for sample in samples]
-    matches = match(truth_of(data, tokens), {token: predictions[token] for token in tokens})
+    matches = matched(samples, predictions)
     best, chosen = -1.0, float(THRESHOLDS[0])
     for threshold in THRESHOLDS:
         hits = said = truths = 0

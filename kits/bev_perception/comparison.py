@@ -21,7 +21,7 @@ from core.pruning import sparse_utilization
 from core.pruning.parts import output_channels
 from core.report import read_json
 from core.weights import load_weights
-from kits.bev_perception.acceptance import RATE_HZ, verdict
+from kits.bev_perception.acceptance import RATE_HZ, matched, verdict
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe
 from kits.bev_perception.dynamic import Dynamic, Policy
@@ -202,15 +202,15 @@ def _streaming(
 ) -> tuple[Figures, dict[str, Any]]:
     """Scores of the answers that are ready at each keyframe's time, as they are and moved on to it."""
     times = {sample.token: (sample.scene, sample.sample.timestamp) for sample in samples}
-    threshold, rows, figures = artifact.meta["threshold"], [], Figures()
+    rows, figures = [], Figures()
     for name, stage in zip(names, ("original", "compressed")):
         found = watch(artifact.as_module(name, 2), samples, f"comparing, {name}")
         frames = [StreamFrame(*times[sample.token], found[sample.token]) for sample in samples]
         seconds = [milliseconds[name] * 1e-3] * len(frames)
-        scores = [100 * verdict(samples, found, threshold).score.nds]
+        scores = [100 * matched(samples, found).score().nds]
         for forecast in (False, True):
             ready = streamed(frames, seconds, times, forecast=forecast)
-            scores.append(100 * verdict(samples, ready, threshold).score.nds)
+            scores.append(100 * matched(samples, ready).score().nds)
         rows.append([name, round(milliseconds[name], 1), *(round(score, 2) for score in scores)])
         basis = Measured(
             device(), runtime_title(artifact, name, 2), len(samples), None, artifact.sha256,

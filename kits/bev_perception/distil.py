@@ -23,7 +23,7 @@ from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
 from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.detector import BEVFormer
-from kits.bev_perception.model.learner import Learner, features_in_half
+from kits.bev_perception.model.learner import Learner, features_in_bfloat16
 from kits.bev_perception.training import LANES, Memory, shown
 
 
@@ -67,7 +67,7 @@ class _Following(nn.Module):
         self.memory.keep(found.bev)
         view, shape = batch.view, (config.images.height, config.images.width)
         with torch.no_grad():
-            features = features_in_half(original, view.images)
+            features = features_in_bfloat16(original, view.images)
             bev = head.encode(
                 features, view.lidar2img, view.can_bus, self.theirs.remembered(len(shots), device), view.has_prev,
                 view.camera_mask, shape,

@@ -75,8 +75,10 @@ def freeze_alarm(alarms: Sequence[float], share: float = Policy.share) -> float:
     """The alarm that only the `share` of frames with the highest ones reaches: a lower one has spent its budget on
     everyday frames when a surprise comes.
 
-    `alarms` are those of validation frames (`Watch.alarms`). Raises ValueError without any.
+    `alarms` are those of validation frames (`Watch.alarms`: of the last `KEPT`). Raises ValueError without any.
     """
+    if not alarms:
+        raise ValueError("no alarm to freeze one by; watch some validation frames first")
     return float(np.quantile(np.asarray(alarms), 1 - share, method="higher"))
 
 

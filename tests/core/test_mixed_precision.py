@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from core.compress import compress, history, replay
 from core.export import ParityError, export
+from core.export import artifact as artifacts
 from core.export.choices import Choice
 from core.export.parity import Criterion, Reference, choices_agree
 from core.kit import Context, Graph, InputError, Recipe, Step
@@ -237,25 +238,43 @@ def test_parity_gives_torch_the_choice_of_the_runtime(tmp_path: Path) -> None:
     assert told["fp32-onnxruntime"] == [] and told["mixed-onnxruntime"][0]["moved"] == 0
 
 
-def test_a_file_that_chooses_otherwise_than_its_copy_is_told_by_the_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("runtime", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".xml")])
+def test_choices_are_told_by_a_file_of_the_kind_that_ships(
+    runtime: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runtime compiles the copy that tells the choices anew, and may choose in another order in it."""
+    """OpenVINO rounds otherwise in an ONNX file than in its IR, and so may choose otherwise."""
     torch.manual_seed(0)
     graph = Graph("best", {"images": torch.rand(1, 3, 8, 8)}, ("boxes",))
-    model = Best().eval()
-    small, _ = compress(model, Recipe("r", (Half(layers=("box",)),), "", ""), ToyKit())
+    small, _ = compress(Best().eval(), Recipe("r", (Half(layers=("box",)),), "", ""), ToyKit())
+    told: list[Path] = []
+    real = artifacts.load_module
+
+    def noted(runtime: str, path: Path, *rest: Any, **more: Any) -> Any:
+        told.append(path)
+        return real(runtime, path, *rest, **more)
+
+    monkeypatch.setattr(artifacts, "load_module", noted)
+    made = export({"mixed": small}, (graph,), "this-host", tmp_path / "a", kit="toy", runtimes=[runtime])
+    assert [path.suffix for path in told if path.stem == "choices"] == [suffix]
+    assert made.variants[f"mixed-{runtime}"].parity["graphs"]["best"]["choices"][0]["of"] == 10
+    assert not list((tmp_path / "a").rglob("choices*"))
+
+
+def test_a_file_with_other_rows_than_its_choices_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a runtime chooses for itself is no leave to put out something else."""
+    torch.manual_seed(0)
+    graph = Graph("best", {"images": torch.rand(1, 3, 8, 8)}, ("boxes",))
+    small, _ = compress(Best().eval(), Recipe("r", (Half(layers=("box",)),), "", ""), ToyKit())
     exporting = sys.modules["core.export"]
     real = exporting.load_module
 
-    def otherwise(runtime: str, path: Path, *rest: object, **more: object) -> object:
-        run = real(runtime, path, *rest, **more)
-        return lambda *given: tuple(t.flip(1) for t in run(*given))
+    def wrong(*given: Any, **more: Any) -> Any:
+        run = real(*given, **more)
+        return lambda *inputs: tuple(t.flip(1) for t in run(*inputs))
 
-    monkeypatch.setattr(exporting, "load_module", otherwise)
-    export({"mixed": small}, (graph,), "this-host", tmp_path / "a", kit="toy", runtimes=["onnxruntime"])
+    monkeypatch.setattr(exporting, "load_module", wrong)
     with pytest.raises(ParityError, match="'boxes' disagrees"):
-        export({"fp32": model}, (graph,), "this-host", tmp_path / "b", kit="toy", runtimes=["onnxruntime"])
+        export({"mixed": small}, (graph,), "this-host", tmp_path / "a", kit="toy", runtimes=["onnxruntime"])
 
 
 def test_errors_are_those_of_each_layer_alone() -> None:

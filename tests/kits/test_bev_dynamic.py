@@ -115,5 +115,5 @@ def test_the_frozen_alarm_is_one_that_few_frames_reach() -> None:
     alarm = freeze_alarm(alarms, share=0.25)
     assert sum(a >= alarm for a in alarms) == 25
     assert freeze_alarm([0.5] * 8) == 0.5, "where all frames are alike the budget decides"
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="watch some validation frames"):
         freeze_alarm([])

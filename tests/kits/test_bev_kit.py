@@ -13,7 +13,7 @@ import torch
 
 from core.kit import InputError, Streamed
 from core.weights import save_weights
-from kits.bev_perception import comparison
+from kits.bev_perception import comparison, shipped
 from kits.bev_perception.acceptance import observed
 from kits.bev_perception.card import write_card
 from kits.bev_perception.data.world import generate_world
@@ -125,6 +125,18 @@ def test_an_answer_that_comes_late_is_judged_by_where_things_are_then(
     assert slow[2] == fast[2] and slow[3] < slow[2], "the first frame has no answer yet, the others an old one"
     assert slow[3] <= slow[4] < slow[2], "boxes that were moved on are nearer"
     assert [(f.stage, round(f.value, 2)) for f in figures] == [("original", slow[4]), ("compressed", fast[4])]
+
+
+def test_the_compressed_detector_is_the_one_of_whole_where_that_ships(
+    kit: BevPerception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, meta = kit.shipped()
+    assert meta["threshold"] > 0 and alone["int8"] is not alone["fp32"]
+    made = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(shipped, "is_there", lambda: True)
+    monkeypatch.setattr(shipped, "build", lambda model: made)
+    models, _ = kit.shipped()
+    assert models["int8"] is made and isinstance(models["fp32"], BEVFormer)
 
 
 def test_weights_that_are_not_there_are_told(tmp_path: Path) -> None:

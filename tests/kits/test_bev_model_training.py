@@ -15,7 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 from kits.bev_perception.model.boxes import detections, encode
 from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.detector import CODE_WEIGHTS, BEVFormer, Predictions, empty_memory, example_inputs
-from kits.bev_perception.model.learner import Batch, Learner, View, features_in_half
+from kits.bev_perception.model.learner import Batch, Learner, View, features_in_bfloat16
 from kits.bev_perception.model.loss import (
     IGNORED,
     MOVING,
@@ -228,10 +228,10 @@ def test_a_batch_with_an_empty_sample_trains() -> None:
     assert set(nothing.parts) == {"0.cls", "0.box", "1.cls", "1.box"}
 
 
-def test_features_in_half_are_those_of_the_network_and_learn_like_them() -> None:
+def test_features_in_bfloat16_are_those_of_the_network_and_learn_like_them() -> None:
     detector, images = model().eval(), view().images
     whole = detector.features(images)[0]
-    fast = features_in_half(detector, images)[0]
+    fast = features_in_bfloat16(detector, images)[0]
     assert fast.dtype == torch.float32 and fast.shape == whole.shape
     assert float((fast - whole).detach().norm() / whole.detach().norm()) < 0.02, "bfloat16 has eight bits"
     grads = []

@@ -85,16 +85,16 @@ def head_losses(
     return parts
 
 
-def half(device: torch.device) -> torch.autocast:
+def bfloat16(device: torch.device) -> torch.autocast:
     """Convolutions in bfloat16 where the device multiplies those faster: GPUs, and CPUs with AMX."""
     fast = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def features_in_half(detector: BEVFormer, images: Tensor) -> tuple[Tensor, ...]:
-    """As `BEVFormer.features`, computed as in `half`, in 32 bits again."""
+def features_in_bfloat16(detector: BEVFormer, images: Tensor) -> tuple[Tensor, ...]:
+    """As `BEVFormer.features`, its convolutions as in `bfloat16`, in 32 bits again."""
     laid = images.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, images.shape[:2])
-    with half(images.device):
+    with bfloat16(images.device):
         found = detector.features(laid)
     return tuple(f.float() for f in found)
 
@@ -133,8 +133,8 @@ class Learner(nn.Module):
         """
         head, view, truths = self.detector.pts_bbox_head, batch.view, batch.truths
         shape = (int(view.images.shape[-2]), int(view.images.shape[-1]))
-        features = features_in_half(self.detector, view.images)
-        with half(view.images.device):
+        features = features_in_bfloat16(self.detector, view.images)
+        with bfloat16(view.images.device):
             far = head.distances(features[0], view.lidar2img, shape) if head.distances is not None else None
         far = far.float() if far is not None else None
         bev = head.encode(
