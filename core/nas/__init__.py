@@ -1,4 +1,4 @@
-"""Architecture search: what can be chosen, searchers whose studies survive a crash, supernets that hold all candidates."""
+"""Architecture search: what can be chosen, searchers whose studies survive a crash, and supernets."""
 
 from core.nas.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear, ElasticStage, extract
 from core.nas.ranking import RankCorrelation, kendall
