@@ -1,4 +1,4 @@
-"""The command line: list, run, train, evaluate, bench, predict."""
+"""The command line: list, run, train, search, evaluate, bench, predict."""
 
 from __future__ import annotations
 
@@ -37,13 +37,20 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
     )
     train = _command(commands, "train", "train the kit's model from random weights")
     train.add_argument("--teacher", type=Path, help="weights of a larger model to learn from as well")
-    for command in (run, train):
+    search = _command(
+        commands, "search", "search the kit's space beside random search; leaves a report with the front and the winner"
+    )
+    search.add_argument("--searcher", default="nsga2", help="differential-evolution, regularised-evolution, nsga2 or "
+                        "random (default: nsga2)")  # fmt: skip
+    search.add_argument("--trials", type=int, default=64, help="candidates to evaluate, and as many of random search")
+    search.add_argument("--storage", help="a file or an SQL URL that keeps the trials, for several machines "
+                        "(default: a file in --out)")  # fmt: skip
+    search.add_argument("--workers", default="1", help="processes that evaluate, or 'ray' for a cluster (default: 1)")
+    search.add_argument("--seed", type=int, default=0)
+    for command in (run, train, search):
         command.add_argument("--preset", choices=PRESETS, default="full", help="smoke: a short trial (default: full)")
         command.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
-    for command, needed in ((run, False), (train, False)):
-        command.add_argument(
-            "--data", type=Path, required=needed, help="folder of data (default: the kit's generated set)"
-        )
+        command.add_argument("--data", type=Path, help="folder of data (default: the kit's generated set)")
     evaluate = _command(commands, "evaluate", "score an artifact on data; leaves predictions/ and metrics.json")
     evaluate.add_argument("--data", type=Path, required=True, help="folder of data")
     evaluate.add_argument("--split", help="split to score (default: test where there is one, else the held-out part)")
@@ -170,6 +177,25 @@ def _train(kit: Any, options: argparse.Namespace) -> int:
     for figure in figures:
         print(f"{figure.name:24} {figure}")
     print(f"weights: {out}")
+    return DONE
+
+
+def _search(kit: Any, options: argparse.Namespace) -> int:
+    from core.report.terminal import show
+    from core.run_search import SearchRun
+
+    workers: int | str = options.workers
+    if workers != "ray":
+        if not options.workers.isdigit() or int(options.workers) < 1:
+            raise InputError(f"--workers {options.workers}: expected a number above 0, or 'ray'")
+        workers = int(options.workers)
+    out = options.out or Path("runs") / f"{kit.name}-search"
+    report = SearchRun(
+        kit, options.searcher, options.trials, _folder(options.data), options.preset, out, options.resume,
+        options.storage, workers, options.seed,
+    )()  # fmt: skip
+    show(report)
+    print(f"report: {out / 'report.html'}   trials: {out / 'search.json'}")
     return DONE
 
 
@@ -305,7 +331,15 @@ def _fail(text: str) -> int:
     return WRONG_INPUT
 
 
-_COMMANDS = {"list": _list, "run": _run, "train": _train, "evaluate": _evaluate, "bench": _bench, "predict": _predict}
+_COMMANDS = {
+    "list": _list,
+    "run": _run,
+    "train": _train,
+    "search": _search,
+    "evaluate": _evaluate,
+    "bench": _bench,
+    "predict": _predict,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

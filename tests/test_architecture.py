@@ -24,7 +24,7 @@ FLOORS = (
     {"quantization", "pruning", "distillation", "nas"},
     {"export", "evaluation", "search"},
     {"ledger", "report"},
-    {"run", "shipped"},
+    {"run", "run_search", "shipped"},
     {"cli"},
 )
 TECHNIQUES = FLOORS[2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from typing import cast
 
 import torch
@@ -20,21 +21,21 @@ from core.kit import InputError
 class ElasticConv2d(nn.Module):
     """A convolution of which `out_channels` and `kernel_size` can be set; with `depthwise` each channel has its own.
 
-    `kernels` are odd sizes, the largest of which holds the weights; a smaller one is its middle, turned by a square
-    matrix that begins as one and is learnt. Padding keeps the size at stride 1.
+    `kernels` are odd sizes (or one of any size), the largest of which holds the weights; a smaller one is its middle,
+    turned by a square matrix that begins as one and is learnt. Padding keeps the size at stride 1 unless it is given.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernels: Sequence[int] = (3,), stride: int = 1,
-        *, depthwise: bool = False, bias: bool = False,
+        *, depthwise: bool = False, bias: bool = False, padding: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if any(k % 2 == 0 for k in kernels) or sorted(set(kernels)) != sorted(kernels):
+        if (len(kernels) > 1 and any(k % 2 == 0 for k in kernels)) or sorted(set(kernels)) != sorted(kernels):
             raise InputError(f"ElasticConv2d: kernels {tuple(kernels)}, expected odd sizes, each once")
         if depthwise and in_channels != out_channels:
             raise InputError(f"ElasticConv2d: depthwise with {in_channels} and {out_channels} channels; give the same")
         self.kernels = tuple(sorted(kernels, reverse=True))
-        self.stride, self.depthwise = stride, depthwise
+        self.stride, self.depthwise, self._padding = stride, depthwise, padding
         whole = nn.Conv2d(in_channels, out_channels, self.kernels[0], groups=in_channels if depthwise else 1, bias=bias)
         self.weight, self.bias = whole.weight, whole.bias
         self.turns = nn.ParameterList(nn.Parameter(torch.eye(k * k)) for k in self.kernels[1:])
@@ -51,6 +52,11 @@ class ElasticConv2d(nn.Module):
                 raise InputError(f"ElasticConv2d: kernel {kernel_size}, known are {self.kernels}")
             self.kernel_size = kernel_size
 
+    @property
+    def padding(self) -> int:
+        """That of the kernel in use."""
+        return self.kernel_size // 2 if self._padding is None else self._padding
+
     def active(self, in_channels: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias for inputs of `in_channels`."""
         out = in_channels if self.depthwise else self.out_channels
@@ -66,13 +72,13 @@ class ElasticConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, H / stride, W / stride)."""
         weight, bias = self.active(x.shape[1])
-        return F.conv2d(x, weight, bias, self.stride, self.kernel_size // 2, groups=x.shape[1] if self.depthwise else 1)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=x.shape[1] if self.depthwise else 1)
 
     def cut(self, in_channels: int) -> nn.Conv2d:
         """The plain layer for inputs of `in_channels`."""
         weight, bias = self.active(in_channels)
         plain = nn.Conv2d(
-            in_channels, len(weight), self.kernel_size, self.stride, self.kernel_size // 2,
+            in_channels, len(weight), self.kernel_size, self.stride, self.padding,
             groups=in_channels if self.depthwise else 1, bias=bias is not None,
         )  # fmt: skip
         with torch.no_grad():
@@ -176,12 +182,12 @@ class ElasticStage(nn.Module):
 LAYERS = (ElasticConv2d, ElasticLinear, ElasticBatchNorm2d)
 
 
-def extract(supernet: nn.Module, *inputs: Tensor) -> nn.Module:
+def extract(supernet: nn.Module, *inputs: Tensor, optional: Sequence[str] = ()) -> nn.Module:
     """A copy of the network as it is set now, in plain layers, whose forward in eval mode is the same to the bit.
 
     `inputs` are an example of its arguments, from which the layers' inputs are told. Layers that the example does not
-    reach are dropped with a stage's last blocks; elsewhere they raise InputError, since nobody could say how wide they
-    are.
+    reach are dropped with a stage's last blocks, and where their names match a pattern in `optional`; elsewhere they
+    raise InputError, since nobody could say how wide they are.
     """
     channels: dict[str, int] = {}
     hooks = []
@@ -206,26 +212,31 @@ def extract(supernet: nn.Module, *inputs: Tensor) -> nn.Module:
         for module, training in modes:
             module.training = training
     plain = copy.deepcopy(supernet)
-    _replace(plain, "", channels)
+    _replace(plain, "", channels, optional)
     return plain.eval()
 
 
-def _replace(module: nn.Module, path: str, channels: dict[str, int]) -> None:
+def _replace(module: nn.Module, path: str, channels: dict[str, int], optional: Sequence[str]) -> None:
     for name, child in list(module.named_children()):
         where = f"{path}{name}"
         if isinstance(child, ElasticStage):
             for index, block in enumerate(child.blocks):
                 if index < child.depth:
-                    _replace_in(child.blocks, str(index), block, f"{where}.blocks.{index}", channels)
+                    _replace_in(child.blocks, str(index), block, f"{where}.blocks.{index}", channels, optional)
             setattr(module, name, nn.Sequential(*child.active_blocks()))
         else:
-            _replace_in(module, name, child, where, channels)
+            _replace_in(module, name, child, where, channels, optional)
 
 
-def _replace_in(parent: nn.Module, name: str, child: nn.Module, where: str, channels: dict[str, int]) -> None:
+def _replace_in(
+    parent: nn.Module, name: str, child: nn.Module, where: str, channels: dict[str, int], optional: Sequence[str]
+) -> None:
     if isinstance(child, LAYERS):
         if where not in channels:
+            if any(fnmatch(where, pattern) for pattern in optional):
+                parent.add_module(name, nn.Identity())
+                return
             raise InputError(f"extract: {where} is not reached by the example; give inputs that reach every layer")
         parent.add_module(name, child.cut(channels[where]))
     else:
-        _replace(child, f"{where}.", channels)
+        _replace(child, f"{where}.", channels, optional)

@@ -24,7 +24,10 @@ from core.train import Fit, Schedule, fit
 
 @runtime_checkable
 class Supernet(Protocol):
-    """A module of elastic layers that can be set to any candidate of its space."""
+    """A module of elastic layers that can be set to any candidate of its space.
+
+    With an attribute `optional`, patterns of names, it tells which layers a candidate may leave out.
+    """
 
     space: Space
 
@@ -143,7 +146,7 @@ def cut(
     if not isinstance(supernet, Supernet):
         raise InputError(f"{type(supernet).__name__}: no supernet; give it a space and a method configure")
     supernet.configure(candidate)
-    plain = extract(supernet, *inputs)
+    plain = extract(supernet, *inputs, optional=getattr(supernet, "optional", ()))
     if batches is not None:
         recalibrate(plain, batches)
     return plain

@@ -1,7 +1,7 @@
 """The step that brings a pruned detector back: trained along streams, towards what the original sees.
 
 The object queries of two detectors come in no common order, so what is compared is what lies before them: the neck's
-features, the BEV where something stands, and what every cell of the dense head says.
+features, how far away every pixel is, the BEV where something stands, and what every cell of the dense head says.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.compress import Outcome, handles
-from core.distillation import guided_loss, softened_binary_kl
+from core.distillation import guided_loss, softened_binary_kl, softened_kl
 from core.kit import Context, InputError, Step
 from core.pruning import check_pattern
 from core.train import Schedule, fit
 from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
-from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.detector import BEVFormer
-from kits.bev_perception.model.learner import Learner, features_in_bfloat16
-from kits.bev_perception.training import LANES, Memory, shown
+from kits.bev_perception.model.learner import Learner, distances_in_bfloat16, features_in_bfloat16
+from kits.bev_perception.training import LANES, Memory, learner_of, shown
 
 
 @dataclass(frozen=True)
 class FollowOriginal(Step):
-    """Train on the detector's own loss and towards the original's neck, BEV and dense head, by these weights.
+    """Train as the original was, and towards its neck, distances, BEV and dense head, by these weights.
 
     An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so.
     """
@@ -37,6 +36,7 @@ class FollowOriginal(Step):
     epochs: int
     lr: float = 3e-4
     neck: float = 1.0
+    far: float = 1.0
     bev: float = 1.0
     heat: float = 20.0
     ema: float = 0.99
@@ -52,10 +52,10 @@ class FollowOriginal(Step):
 class _Following(nn.Module):
     """A learner beside the original, each with its own memory; the forward takes shots and returns the loss."""
 
-    def __init__(self, detector: BEVFormer, original: BEVFormer, step: FollowOriginal) -> None:
+    def __init__(self, learner: Learner, original: BEVFormer, step: FollowOriginal) -> None:
         super().__init__()
-        self.learner, self.step = Learner(detector, Noise(groups=3)), step
-        self.memory, self.theirs = Memory(detector.config, LANES), Memory(detector.config, LANES)
+        self.learner, self.step = learner, step
+        self.memory, self.theirs = Memory(original.config, LANES), Memory(original.config, LANES)
         self._original = [original]  # in a list, so that it is no part of what is trained
 
     def forward(self, shots: Sequence[Shot]) -> Tensor:
@@ -68,9 +68,10 @@ class _Following(nn.Module):
         view, shape = batch.view, (config.images.height, config.images.width)
         with torch.no_grad():
             features = features_in_bfloat16(original, view.images)
+            distances = distances_in_bfloat16(head, features[0], view.lidar2img, shape)
             bev = head.encode(
                 features, view.lidar2img, view.can_bus, self.theirs.remembered(len(shots), device), view.has_prev,
-                view.camera_mask, shape,
+                view.camera_mask, shape, distances,
             )  # fmt: skip
             dense = head.dense(bev)
         self.theirs.keep(bev)
@@ -80,6 +81,8 @@ class _Following(nn.Module):
         grid = (config.bev_h, config.bev_w)
         ours, theirs = (b.transpose(1, 2).unflatten(2, grid) for b in (found.bev, bev))
         total = total + step.bev * guided_loss(ours, theirs, foreground(batch.truths, config))
+        if found.distances is not None and distances is not None:
+            total = total + step.far * softened_kl(found.distances, distances, 1.0, dim=2)
         if found.dense is not None and dense is not None:
             total = total + step.heat * softened_binary_kl(found.dense.logits, dense.logits, 1.0)
         return total
@@ -116,7 +119,7 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     folder = context.folder / "follow" if context.folder is not None else None
     try:
         trained = fit(
-            _Following(model, original, step), batches, loss, schedule, steps_per_epoch=steps,
+            _Following(learner_of(model, samples), original, step), batches, loss, schedule, steps_per_epoch=steps,
             folder=folder, resume=context.resume, label="following the original",
         )  # fmt: skip
     finally:

@@ -24,13 +24,12 @@ from kits.bev_perception.data.streams import Shot, Variation, boxes_of
 from kits.bev_perception.metrics.results import with_attributes
 from kits.bev_perception.model.boxes import detections
 from kits.bev_perception.model.configs import NANO, Config
-from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.dense_loss import heatmap
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.learner import Learner
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.teacher import LidarTeacher
-from kits.bev_perception.training import LANES, Memory, shown
+from kits.bev_perception.training import LANES, Memory, learner_of, shown
 
 SCHEDULES: Mapping[str, Schedule] = {
     "full": Schedule(epochs=8, batch_size=4, lr=1e-3, weight_decay=0.01, warmup=0.05, ema=0.99, clip=10.0),
@@ -41,7 +40,7 @@ SCHEDULES: Mapping[str, Schedule] = {
 
 @dataclass(frozen=True)
 class LearnFromLidar(Step):
-    """Train the cameras' detector on its own loss and, `weight` times, towards the BEV of a LiDAR teacher.
+    """Train the cameras' detector as it was trained and, `weight` times, towards the BEV of a LiDAR teacher.
 
     `teacher` is a safetensors file of `train_teacher`. The BEVs are compared where something stands, through a linear
     layer that is thrown away after, since the two have no common channels. With `weight` 0 the same training without a
@@ -126,11 +125,12 @@ def observed_by_lidar(teacher: LidarTeacher, samples: Sequence[Keyframe]) -> dic
 class _Learning(nn.Module):
     """A learner that also moves its BEV towards the teacher's."""
 
-    def __init__(self, detector: BEVFormer, teacher: LidarTeacher | None, weight: float) -> None:
+    def __init__(self, learner: Learner, teacher: LidarTeacher | None, weight: float) -> None:
         super().__init__()
-        self.learner, self.weight = Learner(detector, Noise(groups=3)), weight
-        self.memory = Memory(detector.config, LANES)
-        self.adapter = nn.Linear(detector.config.embed_dims, detector.config.embed_dims)
+        self.learner, self.weight = learner, weight
+        config = learner.detector.config
+        self.memory = Memory(config, LANES)
+        self.adapter = nn.Linear(config.embed_dims, config.embed_dims)
         self._teacher = [teacher]  # in a list, so that it is no part of what is trained
 
     def forward(self, shots: Sequence[Shot]) -> Tensor:
@@ -176,7 +176,7 @@ def learn_from_lidar(model: nn.Module, step: LearnFromLidar, context: Context) -
         load_weights(teacher, path)
         teacher.eval()
     samples = context.kit.dataset(context.data, "train", context.preset)
-    learning = _Learning(model, teacher, step.weight)
+    learning = _Learning(learner_of(model, samples), teacher, step.weight)
     schedule = Schedule(step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.1, clip=10.0, seed=step.seed)
 
     batches, steps = shown(samples, LANES, step.share, step.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,13 @@ def shown(
         return streams([k for scene in chosen for k in scene], lanes, seed * 1009 + epoch, train=True)
 
     return batches, max(1, -(-round(share * len(samples)) // lanes))
+
+
+def learner_of(detector: BEVFormer, samples: Iterable[Keyframe]) -> Learner:
+    """The losses that every training of a detector has: denoising, pixels, and classes by their rarity in `samples`."""
+    config = detector.config
+    weights = rarity((sample.truth(config.pc_range) for sample in samples), len(config.classes))
+    return Learner(detector, Noise(groups=3), pixels=True, class_weights=weights)
 
 
 class Memory:
@@ -99,10 +106,8 @@ def train_detector(
     """
     torch.manual_seed(schedule.seed)
     lanes, processes = schedule.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
-    weights = rarity((sample.truth(config.pc_range) for sample in samples), len(config.classes))
     detector = start if start is not None else BEVFormer(config)
-    learner = Learner(detector, Noise(groups=3), pixels=True, class_weights=weights)
-    model = Streaming(learner, Memory(config, lanes))
+    model = Streaming(learner_of(detector, samples), Memory(config, lanes))
     steps = -(-len(samples) // (lanes * processes)) * processes
 
     def batches(epoch: int) -> Iterator[list[Shot]]:

@@ -17,19 +17,23 @@ from torch import Tensor, nn
 from core.compress import compress, history, replay
 from core.evaluation.measure import device, runtime_title
 from core.export import RUNTIMES, export
+from core.export.artifact import origin_of
 from core.figures import Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
+from core.search import Task
 from core.weights import load_weights, save_weights
-from kits.pcb_inspection import training
+from kits.pcb_inspection import drift, line, training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
 from kits.pcb_inspection.card import board_groups, write_card
 from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, split
 from kits.pcb_inspection.data.default import default_set
+from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
-from kits.pcb_inspection.model.inspector import TILE, inspect
+from kits.pcb_inspection.model.design import design_beside
+from kits.pcb_inspection.model.inspector import TILE, input_side, inspect
 from kits.pcb_inspection.model.network import PairDetector
 from kits.pcb_inspection.predict import add_arguments, predict
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
@@ -50,9 +54,13 @@ class PcbInspection:
     gates = GATES
     runtimes: tuple[str, ...] = RUNTIMES
 
+    def __init__(self, size: int = TILE) -> None:
+        self._size = size
+
     def of(self, model: nn.Module) -> Kit:
-        """Nothing here depends on the model."""
-        return self
+        """The kit with batches and graph for the tile of a model."""
+        size = input_side(model)
+        return self if size == self._size else PcbInspection(size)
 
     def model(self, weights: Path | None = None) -> nn.Module:
         """The detector in eval mode with the shipped FP32 weights, those of a file or of what `train` left."""
@@ -62,12 +70,12 @@ class PcbInspection:
                 (p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()),
                 path / "fp32.safetensors",
             )
-        return _load(PairDetector(), path)
+        return _load(PairDetector(design_beside(path)), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """FP32 and INT8 as shipped, and the frozen threshold."""
         card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
-        int8 = replay(PairDetector(), card["int8"])
+        int8 = replay(PairDetector(design_beside(WEIGHTS / "int8.safetensors")), card["int8"])
         return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {
             "threshold": card["threshold"]
         }
@@ -83,8 +91,9 @@ class PcbInspection:
         """Varied crops for training, whole pairs otherwise."""
         ready = prepare(samples)
         if train:
-            return training.training_batches(ready, batch_size, -(-len(ready) // batch_size), seed, 0)
-        return training.whole_batches(ready, batch_size)
+            shown = training.training_batches(ready, batch_size, -(-len(ready) // batch_size), seed, 0)
+            return (resized(batch, self._size) for batch in shown)
+        return training.whole_batches([seen_at(pair, self._size) for pair in ready], batch_size)
 
     def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """The planes (N, 4, H, W)."""
@@ -95,8 +104,8 @@ class PcbInspection:
         return training.loss(model, batch)
 
     def exports(self) -> tuple[Graph, ...]:
-        """One graph for one tile of 640 x 640."""
-        example = torch.rand(1, 4, TILE, TILE, generator=torch.Generator().manual_seed(0)).round()
+        """One graph for one tile of 640 x 640 pixels of a board."""
+        example = torch.rand(1, 4, self._size, self._size, generator=torch.Generator().manual_seed(0)).round()
         return (Graph("detector", {"planes": example}, ("classes", "distances")),)
 
     def report_split(self, data: Path | None) -> str:
@@ -112,7 +121,11 @@ class PcbInspection:
         threshold = freeze_threshold(
             detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs}
         )
-        return {"threshold": threshold, "frozen_on": f"{len(pairs)} validation boards"}
+        return {
+            "threshold": threshold,
+            "frozen_on": f"{len(pairs)} validation boards",
+            "drift": drift.reference(pairs),
+        }
 
     def score(
         self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]
@@ -195,6 +208,12 @@ class PcbInspection:
             )
         return figures
 
+    def task(self, data: Path | None, preset: str, folder: Path, resume: bool) -> Task:
+        """A search for the detector's architecture: its supernet trained, its latency table measured."""
+        from kits.pcb_inspection.search import make_task
+
+        return make_task(data, preset, folder, resume)
+
     def check(self, inputs: Sequence[str]) -> None:
         """The pairs of the inputs, found and of one size each."""
         find_pairs(*inputs)
@@ -224,8 +243,21 @@ class PcbInspection:
     def compare(
         self, original: nn.Module, compressed: nn.Module, samples: Sequence[Any], artifact: Any, preset: str, out: Path
     ) -> tuple[Figures, list[dict[str, Any]]]:
-        """Nothing beyond the scores."""
-        return Figures(), []
+        """How the compressed detector stands what a line does to pictures, and the same board many times."""
+        few, shots = {"smoke": (6, 4), "full": (40, 20)}[preset]
+        chosen = [samples[i * len(samples) // few] for i in range(min(few, len(samples)))]
+        stood = line.stress(compressed, chosen, artifact.meta["threshold"])
+        repeated = line.repeat(compressed, chosen[: few // 2], artifact.meta["threshold"], shots)
+        origin = origin_of(compressed)
+        software = runtime_title(origin.artifact, origin.variant, origin.threads) if origin is not None else "torch"
+        basis = Measured(device(), software, 2 * repeated.boards * shots, None, artifact.sha256)
+        known = {
+            "repeat_agreement": repeated.agreement,
+            "repeat_false_reject": repeated.false_reject,
+            "repeat_false_accept": repeated.false_accept,
+        }
+        figures = Figures(Figure(name, value, "%", basis, "compressed") for name, value in known.items())
+        return figures, line.tables(stood, repeated)
 
     def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Four boards with what was found, missed and called falsely."""

@@ -16,11 +16,14 @@ import cv2
 import numpy as np
 from torch import nn
 
+from core.export.artifact import origin_of
 from core.files import write_text, writing
 from core.kit import InputError
 from core.progress import progress
 from kits.pcb_inspection.acceptance import PX_PER_MM
+from kits.pcb_inspection.audit import AuditLog, hash_of
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair, find_pairs, image_size, read_image
+from kits.pcb_inspection.drift import DriftAlarm, statistics
 from kits.pcb_inspection.inspection import contact_sheet, overlay, png
 from kits.pcb_inspection.model.decode import FLOOR
 from kits.pcb_inspection.model.inspector import inspect, tile_count
@@ -35,7 +38,7 @@ WHITE = 128
 """Grey level of a mask from which a pixel belongs to its region."""
 DEFECTS = "_defects"
 """Ends the name of the picture that shows a scan's detections one by one."""
-COLUMNS = ("image", "verdict", "class", "type", "confidence", "x1", "y1", "x2", "y2", "longest_mm")
+COLUMNS = ("image", "verdict", "class", "type", "confidence", "x1", "y1", "x2", "y2", "longest_mm", "serial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--px-per-mm", type=float, default=float(PX_PER_MM), help="resolution of the images (default 48)"
+    )
+    parser.add_argument(
+        "--serials", type=Path, help='serial numbers of the boards: CSV with the columns "image" and "serial"'
+    )
+    parser.add_argument(
+        "--audit", type=Path, help="append every verdict to this log, whose entries carry the hash of the one before"
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out the overlay pictures")
 
@@ -71,6 +80,9 @@ def predict(
     scale = PX_PER_MM / options.px_per_mm
     if abs(scale - 1) <= SAME:
         scale = 1.0
+    serials = read_serials(options.serials, [pair.image_id for pair in pairs]) if options.serials else {}
+    log = AuditLog(options.audit) if options.audit else None
+    alarm = DriftAlarm(meta["drift"]) if "drift" in meta else None
     tiles = 0
     for pair in pairs:
         width, height = image_size(pair.test)
@@ -84,9 +96,13 @@ def predict(
         with progress("inspecting", tiles) as bar:
             for pair in pairs:
                 on_tile = partial(bar.advance, pair.image_id)
-                boards.append(_board(module, pair, threshold, scale, roi, ignore, options, out, on_tile))
+                board = _board(module, pair, threshold, scale, roi, ignore, options, out, on_tile, alarm)
+                board["serial"] = serials.get(pair.image_id)
+                if log is not None:
+                    log.add(_audited(board, pair, module, threshold))
+                boards.append(board)
     finally:
-        _write(out, boards, threshold)
+        _write(out, boards, threshold, log)
     rejected = sum(b["verdict"] == "reject" for b in boards)
     lines = [
         f"{len(boards)} board(s): {len(boards) - rejected} accepted, {rejected} rejected at threshold {threshold:.3f}"
@@ -123,6 +139,7 @@ def _board(
     options: argparse.Namespace,
     out: Path,
     on_tile: Callable[[], None],
+    alarm: DriftAlarm | None,
 ) -> dict[str, Any]:
     test, template = pair.load()
     started = time.perf_counter()
@@ -141,6 +158,8 @@ def _board(
             f"{worst.residual:.0%} of the pixels of a tile differ from {pair.template.name} after registration; "
             "is it the template of this board, and within 16 px of it?"
         )
+    elif alarm is not None and len(inspection.registrations) == 1 and scale == 1:
+        warnings += alarm.look(statistics(test, template, worst))
     return {
         "image": pair.image_id, "test": str(pair.test), "template": str(pair.template), "size": list(test.shape[::-1]),
         "verdict": "reject" if len(detections) else "accept", "seconds": round(seconds, 4), "warnings": warnings,
@@ -149,6 +168,40 @@ def _board(
         },
         "detections": [_detection(row, options.px_per_mm) for row in detections],
     }  # fmt: skip
+
+
+def _audited(board: Mapping[str, Any], pair: Pair, module: nn.Module, threshold: float) -> dict[str, Any]:
+    """What the audit log keeps of a board: who said what, of which pictures."""
+    origin = origin_of(module)
+    return {
+        "serial": board["serial"], "image": board["image"], "verdict": board["verdict"], "threshold": threshold,
+        "defects": [{"class": d["class"], "confidence": d["confidence"], "box": d["box"]} for d in board["detections"]],
+        "test_sha256": hash_of(pair.test), "template_sha256": hash_of(pair.template),
+        "artifact_sha256": origin.artifact.sha256 if origin is not None else None,
+        "variant": origin.variant if origin is not None else None,
+    }  # fmt: skip
+
+
+def read_serials(path: Path, images: Sequence[str]) -> dict[str, str]:
+    """Serial numbers by image; InputError naming file and line for what is no such table, or of no such image."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error}); mend the file or its path") from error
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, 2):
+        image, serial = (row.get("image") or "").strip(), (row.get("serial") or "").strip()
+        if not image or not serial:
+            raise InputError(f'{path}:{number}: expected the columns "image" and "serial", both filled in')
+        if image not in images:
+            raise InputError(f"{path}:{number}: no image {image!r} among the {len(images)} inputs")
+        if image in found:
+            raise InputError(f"{path}:{number}: a second serial for image {image!r}")
+        found[image] = serial
+    if missing := [image for image in images if image not in found]:
+        raise InputError(f"{path}: no serial for image {missing[0]!r}; add a line for it")
+    return found
 
 
 def _detection(row: np.ndarray, px_per_mm: float) -> dict[str, Any]:
@@ -184,8 +237,21 @@ def _save(path: Path, picture: np.ndarray) -> None:
         path.write_bytes(png(picture))
 
 
-def _write(out: Path, boards: list[dict[str, Any]], threshold: float) -> None:
-    write_text(out / "results.json", json.dumps({"threshold": threshold, "boards": boards}, indent=1) + "\n")
+def _write(out: Path, boards: list[dict[str, Any]], threshold: float, log: AuditLog | None) -> None:
+    by_serial: dict[str, list[str]] = {}
+    for board in boards:
+        if board["serial"] is not None:
+            by_serial.setdefault(board["serial"], []).append(board["image"])
+    whole: dict[str, Any] = {"threshold": threshold, "boards": boards}
+    if by_serial:
+        rejected = {b["serial"] for b in boards if b["verdict"] == "reject"}
+        whole["by_serial"] = {
+            serial: {"verdict": "reject" if serial in rejected else "accept", "images": images}
+            for serial, images in by_serial.items()
+        }
+    if log is not None:
+        whole["audit"] = {"log": str(log.path), "entries": log.count, "last_hash": log.last}
+    write_text(out / "results.json", json.dumps(whole, indent=1) + "\n")
     with writing(out / "results.csv"), (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
@@ -200,10 +266,11 @@ def _write(out: Path, boards: list[dict[str, Any]], threshold: float) -> None:
                         d["confidence"],
                         *d["box"],
                         d["longest_mm"],
+                        board["serial"],
                     ]
                 )
             if not board["detections"]:
-                table.writerow([board["image"], board["verdict"], *[""] * (len(COLUMNS) - 2)])
+                table.writerow([board["image"], board["verdict"], *[""] * (len(COLUMNS) - 3), board["serial"]])
 
 
 @dataclass(frozen=True)

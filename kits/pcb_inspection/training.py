@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from core.evaluation.detection import mean_average_precision
 from core.train import Fit, Schedule, fit
 from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, drawn
+from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.model.decode import decode
+from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.inspector import pad, to_input
 from kits.pcb_inspection.model.loss import detection_loss, response_loss
-from kits.pcb_inspection.model.network import CLASS_COUNT, COARSEST, PairDetector
+from kits.pcb_inspection.model.network import CLASS_COUNT, PairDetector
 from kits.pcb_inspection.model.pair import stack
 
 Teacher = Callable[[Tensor], Tensor]
@@ -45,17 +47,21 @@ def train_detector(
     folder: Path,
     resume: bool,
     teacher: Teacher | None = None,
+    start: PairDetector | None = None,
 ) -> Fit:
-    """Train a detector from random weights; the epoch is chosen by mAP50-95 on `validation`."""
+    """Train a detector from random weights or from `start`; the epoch is chosen by mAP50-95 on `validation`."""
     torch.manual_seed(schedule.seed)
     # channels last: 0.20 against 0.23 s a step of 8 crops on two cores
-    model = PairDetector().to(memory_format=torch.channels_last)
+    model = (start or PairDetector()).to(memory_format=torch.channels_last)
+    size = model.design.size
+    validation = [seen_at(pair, size) for pair in validation]
     ready = [*train, *drawn(max(4, round(DRAWN * min(1.0, len(train) / 800))), schedule.seed)]
 
     steps = max(1, len(ready) * EACH // schedule.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
-        return training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
+        shown = training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
+        return (resized(batch, size) for batch in shown)
 
     def validate(network: nn.Module) -> float:
         return mean_average_precision_5095(network, validation)

@@ -28,6 +28,19 @@ SURFACE = {
     "list": ["--help", "--json"],
     "run": ["--data", "--help", "--out", "--preset", "--recipe", "--resume", "--target", "--weights", "kit"],
     "train": ["--data", "--help", "--out", "--preset", "--resume", "--teacher", "kit"],
+    "search": [
+        "--data",
+        "--help",
+        "--out",
+        "--preset",
+        "--resume",
+        "--searcher",
+        "--seed",
+        "--storage",
+        "--trials",
+        "--workers",
+        "kit",
+    ],
     "evaluate": ["--artifact", "--data", "--help", "--out", "--split", "--variant", "kit"],
     "bench": ["--artifact", "--help", "--json", "--seconds", "--threads", "--variant", "kit"],
     "predict": ["--artifact", "--help", "--out", "--variant", "inputs", "kit"],
@@ -77,6 +90,9 @@ def test_defaults_are_frozen() -> None:
     nothing = {"data": None, "out": None, "preset": "full", "resume": False}
     assert given("run", "k") == {**nothing, "recipe": None, "target": None, "weights": None}
     assert given("train", "k") == {**nothing, "teacher": None}
+    assert given("search", "k") == {
+        **nothing, "searcher": "nsga2", "trials": 64, "storage": None, "workers": "1", "seed": 0
+    }  # fmt: skip
     assert given("evaluate", "k", "--data", "d") == {
         "artifact": None, "data": Path("d"), "out": None, "split": None, "variant": None,
     }  # fmt: skip

@@ -136,7 +136,7 @@ def test_a_kernel_begins_as_the_middle_of_the_larger_one() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: ElasticConv2d(3, 8, (2,)), "odd sizes"),
+        (lambda: ElasticConv2d(3, 8, (2, 3)), "odd sizes"),
         (lambda: ElasticConv2d(3, 8, depthwise=True), "give the same"),
         (lambda: ElasticConv2d(3, 8).set(out_channels=9), "9 channels of 8"),
         (lambda: ElasticConv2d(3, 8).set(kernel_size=5), "kernel 5, known are"),

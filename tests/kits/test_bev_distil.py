@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from core.compress import compress
+from core.distillation import softened_kl
 from core.kit import InputError, Recipe
 from core.pruning import Sparsify, check_pattern
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.distil import FollowOriginal
-from kits.bev_perception.model.detector import BEVFormer
+from kits.bev_perception.model.detector import BEVFormer, example_inputs
 from tests.kits.bev_models import MICRO
 from tests.kits.test_bev_lidar import Data
 
@@ -61,6 +62,21 @@ def test_without_it_the_zeros_fill_in_again(samples: list[Keyframe]) -> None:
 def test_a_share_shows_fewer_frames(samples: list[Keyframe]) -> None:
     _, trace = followed(samples, FollowOriginal(epochs=1, lr=1e-3, share=0.5))
     assert "trained on 4 frames" in trace[0].changed[0]["what"], "3 of 6 frames, two lanes side by side"
+
+
+def test_following_the_distances_keeps_them_near_the_originals(samples: list[Keyframe]) -> None:
+    torch.manual_seed(0)
+    original = BEVFormer(CONFIG).eval()
+    features = torch.randn(1, CONFIG.num_cams, CONFIG.embed_dims, 4, 8)
+    lidar2img = example_inputs(CONFIG)["lidar2img"]
+
+    def told(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model.pts_bbox_head.distances(features, lidar2img, (32, 64))
+        return found.detach()
+
+    free, held = (followed(samples, FollowOriginal(epochs=2, lr=1e-2, far=far))[0] for far in (0.0, 50.0))
+    apart = [float(softened_kl(told(model), told(original), 1.0, dim=2)) for model in (free, held)]
+    assert 0 < apart[1] < 0.5 * apart[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])

@@ -19,6 +19,7 @@ from kits.bev_perception.model.learner import Batch, Learner, View, features_in_
 from kits.bev_perception.model.loss import (
     IGNORED,
     MOVING,
+    VELOCITY_WEIGHT,
     Targets,
     Truth,
     assigned_loss,
@@ -122,7 +123,7 @@ def test_perfect_predictions_cost_nothing_in_any_order() -> None:
     parts = matched_loss(Predictions(scores, codes), [truth], WEIGHTS)
     assert sum(float(v) for v in parts.values()) == pytest.approx(0.0, abs=1e-5)
     worse = matched_loss(Predictions(scores, codes + 0.1), [truth], WEIGHTS)
-    moving = float((1 + truth.boxes[:, 7:9].norm(dim=1) / MOVING).mean())
+    moving = float((1 + truth.boxes[:, 7:9].norm(dim=1) / MOVING).mean()) * VELOCITY_WEIGHT
     wanted = 0.25 * 0.1 * (sum(CODE_WEIGHTS[:8]) + moving * sum(CODE_WEIGHTS[8:]))
     assert float(worse["0.box"]) == pytest.approx(wanted, rel=1e-4)
 

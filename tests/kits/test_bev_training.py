@@ -310,4 +310,4 @@ def test_what_moves_counts_more_than_what_stands() -> None:
     weights = torch.tensor([1.0] * 8 + [0.2, 0.2])
     lost = code_error(found, wanted, weights)
     assert lost[:, :8].tolist() == [[1.0] * 8] * 3
-    assert lost[:, 8:].flatten().tolist() == pytest.approx([0.2, 0.2, 0.2 * 3.5, 0.2 * 3.5, 0.0, 0.0])
+    assert lost[:, 8:].flatten().tolist() == pytest.approx([0.6, 0.6, 0.6 * 3.5, 0.6 * 3.5, 0.0, 0.0])

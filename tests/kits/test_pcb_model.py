@@ -11,6 +11,7 @@ from kits.pcb_inspection import training
 from kits.pcb_inspection.acceptance import GATES
 from kits.pcb_inspection.data.augment import Ready
 from kits.pcb_inspection.model.decode import MOST, OVERLAP, decode
+from kits.pcb_inspection.model.design import Design
 from kits.pcb_inspection.model.inspector import pad
 from kits.pcb_inspection.model.loss import TOP_CELLS, assign, centres, detection_loss, giou, to_boxes
 from kits.pcb_inspection.model.network import PRIOR, STRIDE, PairDetector
@@ -41,7 +42,7 @@ def test_the_network_keeps_the_gate_on_parameters() -> None:
     count = sum(p.numel() for p in PairDetector().parameters())
     (gate,) = [g for g in GATES if g.figure == "parameters"]
     assert gate.bound == "<= 2.8e6" and count <= 2.8e6
-    assert sum(p.numel() for p in PairDetector((16, 32, 48, 64)).parameters()) < count / 3
+    assert sum(p.numel() for p in PairDetector(Design((16, 32, 48, 64), head=32)).parameters()) < count / 3
 
 
 def test_giou_is_torchvisions() -> None:
@@ -143,7 +144,7 @@ def test_a_tiny_set_is_learnt() -> None:
         (np.zeros((0, 4), np.float32), np.zeros(0, np.int64)),
     ]
     batch = training.collate([stack(test, template), stack(template, template)], truths)
-    model = PairDetector((8, 16, 16, 16))
+    model = PairDetector(Design((8, 16, 16, 16), head=16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(60):

@@ -87,7 +87,7 @@ def test_a_pair_leaves_json_csv_and_an_overlay(pair: list[str], tmp_path: Path) 
     with (tmp_path / "out/results.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == list(COLUMNS) and len(rows) == 3
-    assert rows[1] == ["a", "reject", "spur", "4", "0.9933", "40.0", "30.0", "70.0", "54.0", "0.625"]
+    assert rows[1] == ["a", "reject", "spur", "4", "0.9933", "40.0", "30.0", "70.0", "54.0", "0.625", ""]
     overlay = cv2.imread(str(tmp_path / "out/overlays/a.png"))
     assert overlay.shape == (160, 200, 3)
     coloured = (overlay.max(2).astype(int) - overlay.min(2)) > 40
@@ -101,7 +101,7 @@ def test_a_good_board_is_accepted_with_a_row_of_its_own(tmp_path: Path) -> None:
     said, (board,) = run(list(save(tmp_path / "in", "g", (template, template))), tmp_path / "out", "--no-pictures")
     assert board["verdict"] == "accept" and board["detections"] == [] and "1 accepted" in said
     rows = (tmp_path / "out/results.csv").read_text().splitlines()
-    assert rows[1] == "g,accept" + "," * 8
+    assert rows[1] == "g,accept" + "," * 9
     assert not (tmp_path / "out/overlays").exists()
 
 

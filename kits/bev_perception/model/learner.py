@@ -46,7 +46,8 @@ class Batch:
 class Losses:
     """The loss to minimise, its parts by name, and what it came from, with its graph.
 
-    That is the memory (B, Q, C), the finest features (B, N, C, h, w), and what the dense head says where there is one.
+    That is the memory (B, Q, C), the finest features (B, N, C, h, w), and where the detector has them what the dense
+    head says and the logits of the pixels' distances (B, N, E, h, w).
     """
 
     total: Tensor
@@ -54,6 +55,7 @@ class Losses:
     bev: Tensor
     features: Tensor
     dense: Dense | None
+    distances: Tensor | None
 
 
 def head_losses(
@@ -99,6 +101,17 @@ def features_in_bfloat16(detector: BEVFormer, images: Tensor) -> tuple[Tensor, .
     return tuple(f.float() for f in found)
 
 
+def distances_in_bfloat16(
+    head: Head, features: Tensor, lidar2img: Tensor, image_shape: tuple[int, int]
+) -> Tensor | None:
+    """What the head's `distances` say of the finest features, as in `bfloat16`; None where it has none."""
+    if head.distances is None:
+        return None
+    with bfloat16(features.device):
+        found: Tensor = head.distances(features, lidar2img, image_shape)
+    return found.float()
+
+
 class Learner(nn.Module):
     """Trains `detector`; `denoiser` is left out where `noise` is None, and `pixels` unless asked for.
 
@@ -134,9 +147,7 @@ class Learner(nn.Module):
         head, view, truths = self.detector.pts_bbox_head, batch.view, batch.truths
         shape = (int(view.images.shape[-2]), int(view.images.shape[-1]))
         features = features_in_bfloat16(self.detector, view.images)
-        with bfloat16(view.images.device):
-            far = head.distances(features[0], view.lidar2img, shape) if head.distances is not None else None
-        far = far.float() if far is not None else None
+        far = distances_in_bfloat16(head, features[0], view.lidar2img, shape)
         bev = head.encode(
             features, view.lidar2img, view.can_bus, self.remember(batch), view.has_prev, view.camera_mask, shape, far
         )
@@ -145,7 +156,7 @@ class Learner(nn.Module):
         if self.pixels is not None:
             seen = self.pixels(features[0], view.lidar2img, truths, far, self.class_weights)
             parts |= {f"pixel.{k}": v for k, v in seen.items()}
-        return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense)
+        return Losses(torch.stack(list(parts.values())).sum(), parts, bev, features[0], dense, far)
 
     def encode(self, view: View, prev_bev: Tensor) -> Tensor:
         """The memory (B, Q, C) after a view."""

@@ -18,8 +18,8 @@ from kits.bev_perception.model.matching import ALPHA, GAMMA, match
 
 CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
-MOVING = 2.0
-"""Metres a second."""
+VELOCITY_WEIGHT, MOVING = 3.0, 2.0
+"""Of a velocity beside its code weight, and the metres a second at which it counts twice that."""
 IGNORED = -1
 """The label of a query that learns nothing."""
 
@@ -81,13 +81,13 @@ def layer_loss(
 def code_error(found: Tensor, wanted: Tensor, code_weights: Tensor) -> Tensor:
     """Absolute differences of codes (G, 10) by weights (10,), 0 for what is not known.
 
-    A velocity counts 1 + speed / MOVING times: most things stand, and of a plain difference the best guess for what
-    might move is that it stands as well.
+    A velocity counts VELOCITY_WEIGHT * (1 + speed / MOVING) times: most things stand, and of a plain difference the
+    best guess for what might move is that it stands as well.
     """
     known = wanted.isfinite()
     wanted = torch.where(known, wanted, 0.0)
     apart = torch.where(known, found - wanted, 0.0).abs() * code_weights
-    moving = 1 + wanted[:, 8:].norm(dim=1, keepdim=True) / MOVING
+    moving = VELOCITY_WEIGHT * (1 + wanted[:, 8:].norm(dim=1, keepdim=True) / MOVING)
     return torch.cat((apart[:, :8], apart[:, 8:] * moving), 1)
 
 

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from core.evaluation.detection import suppress
+from core.export.artifact import origin_of
 from kits.pcb_inspection.model.decode import FLOOR, decode
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
+from kits.pcb_inspection.model.design import Design
 from kits.pcb_inspection.model.pair import MAX_SHIFT, Grey, Registration, binarise, level, register, stack
 
 TILE = 640
-"""Side of the network's input in pixels."""
+"""Side in pixels of what a network is shown of a board at a time; its input may be smaller, see `Design.size`."""
 OVERLAP = 192
 """Pixels that neighbouring tiles share: a defect up to this long is whole in the tile that owns its centre."""
 _SLACK = 8.0
@@ -63,11 +65,12 @@ def inspect(
     tiles: list[Floats] = []  # the tile of each doubtful one; the image's own sides are infinite
     registrations = []
     height, width = test.shape
+    side = input_side(module)
     slack, near = _SLACK / scale, _AT_EDGE / scale
     for top, bottom, rows in spans(height, scale):
         for left, right, columns in spans(width, scale):
             here = np.s_[top:bottom, left:right]
-            part, registration = _inspect_tile(module, test[here], template[here], levels, scale, floor)
+            part, registration = _inspect_tile(module, test[here], template[here], levels, scale, side, floor)
             part[:, :4] += np.array([left, top, left, top], np.float32)
             sides = np.array(
                 (
@@ -93,6 +96,15 @@ def inspect(
     return Inspection(detections, tuple(registrations))
 
 
+def input_side(module: nn.Module) -> int:
+    """The side in pixels of a network's input: of an artifact's graph, or by its design."""
+    origin = origin_of(module)
+    if origin is not None:
+        return int(origin.artifact.graphs["detector"]["inputs"][0]["example"][-1])
+    design = getattr(module, "design", None)
+    return design.size if isinstance(design, Design) else TILE
+
+
 def tile_count(height: int, width: int, scale: float = 1.0) -> int:
     """How many tiles an image is cut into."""
     return sum(1 for _ in spans(height, scale)) * sum(1 for _ in spans(width, scale))
@@ -112,16 +124,17 @@ def spans(length: int, scale: float = 1.0) -> Iterator[tuple[int, int, tuple[flo
 
 
 def _inspect_tile(
-    module: nn.Module, test: Grey, template: Grey, levels: tuple[int, int], scale: float, floor: float
+    module: nn.Module, test: Grey, template: Grey, levels: tuple[int, int], scale: float, side: int, floor: float
 ) -> tuple[Floats, Registration]:
     """The detections of one tile in its own pixels, and how the template was registered."""
     size = np.array(test.shape[::-1] * 2, np.float32)
+    scale *= side / TILE
     if scale != 1:
         test, template = _resize(test, scale), _resize(template, scale)
     height, width = test.shape
     test, template = binarise(test, levels[0]), binarise(template, levels[1])
     template, registration = register(test, template)
-    planes = pad(stack(test, template), TILE, TILE)
+    planes = pad(stack(test, template), side, side)
     with torch.inference_mode():
         logits, distances = module(to_input(planes))
     found = decode(logits[0].numpy(), distances[0].numpy(), floor)

@@ -1,0 +1,43 @@
+"""Boards as a network of a smaller tile sees them: both images made smaller, and then compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from kits.pcb_inspection.data.augment import Ready
+from kits.pcb_inspection.model.inspector import TILE, to_input
+from kits.pcb_inspection.model.pair import Grey, stack
+
+
+def resized(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """A batch of crops or boards (`training.collate`) for a tile of `size` pixels, boxes with it."""
+    if size == TILE:
+        return batch
+    scale = size / TILE
+    seen = [stack(smaller(test, scale), smaller(template, scale))
+            for test, template in (batch["images"][:, :2] * 255).byte().numpy()]  # fmt: skip
+    truths = [(boxes * scale, labels) for boxes, labels in batch["truths"]]
+    images = torch.cat([to_input(planes) for planes in seen]).contiguous(memory_format=torch.channels_last)
+    return {**batch, "images": images, "truths": truths}
+
+
+def seen_at(pair: Ready, size: int) -> Ready:
+    """A registered pair for a tile of `size` pixels."""
+    if size == TILE:
+        return pair
+    scale = size / TILE
+    return replace(
+        pair, test=smaller(pair.test, scale), template=smaller(pair.template, scale),
+        boxes=pair.boxes * np.float32(scale),
+    )  # fmt: skip
+
+
+def smaller(image: Grey, scale: float) -> Grey:
+    """A binary image (H, W) at a scale below 1, binary again."""
+    side = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    return np.where(cv2.resize(image, side, interpolation=cv2.INTER_AREA) > 127, 255, 0).astype(np.uint8)

@@ -1,0 +1,339 @@
+"""The search for a detector: its space, the supernet that holds all candidates, and what a candidate is judged by."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.nas import (
+    Candidate,
+    ElasticBatchNorm2d,
+    ElasticConv2d,
+    ElasticStage,
+    Goal,
+    OneOf,
+    Phase,
+    Space,
+    Steps,
+    cut,
+    train_supernet,
+    weighted,
+)
+from core.search import Costs, LatencyTable, operators, table
+from core.weights import load_weights, save_weights
+from kits.pcb_inspection import training
+from kits.pcb_inspection.data.augment import Ready, drawn, prepare
+from kits.pcb_inspection.data.resolution import resized, seen_at
+from kits.pcb_inspection.model.design import BY_HAND, FILE, Design, load_design, save_design
+from kits.pcb_inspection.model.network import PairDetector, Residual
+
+CHOICES = {
+    "width4": Steps((8, 16, 24)),
+    "width8": Steps((24, 32, 48, 64)),
+    "width16": Steps((48, 64, 96)),
+    "width32": Steps((64, 96, 128)),
+    "blocks8": Steps((1, 2)),
+    "blocks16": Steps((1, 2)),
+    "blocks32": Steps((1, 2)),
+    "kernel8": Steps((3, 5)),
+    "kernel16": Steps((3, 5)),
+    "kernel32": Steps((3, 5)),
+    "expand": Steps((0.5, 1.0)),
+    "deepest": OneOf((16, 32)),
+    "head": Steps((24, 32, 48, 64)),
+    "size": Steps((512, 576, 640)),
+}
+"""The last values make the largest network, which holds all others' weights."""
+WIDTHS, STAGES = ("width4", "width8", "width16", "width32"), (8, 16, 32)
+PHASES = {
+    "full": (("largest", (), 8), ("size", ("size", "deepest", "kernel8", "kernel16", "kernel32"), 6),
+             ("depth", tuple(n for n in CHOICES if not n.startswith("width") and n not in ("expand", "head")), 6),
+             ("all", tuple(CHOICES), 20)),
+    "smoke": (("largest", (), 1), ("all", tuple(CHOICES), 1)),
+}  # fmt: skip
+"""Progressive shrinking: what is free, phase by phase, and epochs."""
+FINISHED = {"full": 24, "smoke": 1}
+"""Epochs that the winner is trained on for."""
+PATHS = 3
+TARGET_MS = 5.0
+"""Of one tile in the exported FP32 network: what the score's trade of accuracy for time is centred at."""
+GOALS = (Goal("map"), Goal("latency", higher=False))
+SCORE = Goal("score")
+
+
+def hand() -> dict[str, Any]:
+    """The detector designed by hand, as a candidate."""
+    return candidate_of(BY_HAND)
+
+
+def design_of(candidate: Candidate) -> Design:
+    """A candidate as a design."""
+    c: dict[str, Any] = dict(candidate)
+    blocks, kernels = (tuple(int(c[f"{part}{s}"]) for s in STAGES) for part in ("blocks", "kernel"))
+    widths = tuple(int(c[name]) for name in WIDTHS)
+    return Design(
+        widths,  # type: ignore[arg-type]
+        blocks,  # type: ignore[arg-type]
+        kernels,  # type: ignore[arg-type]
+        float(c["expand"]),
+        int(c["deepest"]),
+        int(c["head"]),
+        int(c["size"]),
+    )
+
+
+def candidate_of(design: Design) -> dict[str, Any]:
+    """A design as a candidate; it may lie outside of the space."""
+    stages = {f"{part}{s}": v for part, values in (("blocks", design.blocks), ("kernel", design.kernels))
+              for s, v in zip(STAGES, values)}  # fmt: skip
+    widths = dict(zip(WIDTHS, design.widths))
+    rest = {"expand": design.expand, "deepest": design.deepest, "head": design.head, "size": design.size}
+    found = {**widths, **stages, **rest}
+    return {name: found[name] for name in CHOICES}
+
+
+class Elastic:
+    """The layers of a supernet, see `network.Layers`."""
+
+    def conv(
+        self, inputs: int, outputs: int, kernels: Sequence[int], stride: int = 1, *, padding: int | None = None,
+        bias: bool = False,
+    ) -> nn.Module:  # fmt: skip
+        return ElasticConv2d(inputs, outputs, tuple(sorted(set(kernels))), stride, bias=bias, padding=padding)
+
+    def norm(self, channels: int) -> nn.Module:
+        return ElasticBatchNorm2d(channels)
+
+    def stage(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        return ElasticStage(blocks)
+
+
+class Supernet(PairDetector):
+    """All candidates of the space in one network."""
+
+    space = Space(CHOICES)
+    optional = ("down32.*", "stage32.*", "lateral32")
+
+    def __init__(self) -> None:
+        top: dict[str, Any] = {name: choice.values[-1] for name, choice in CHOICES.items()}
+        super().__init__(design_of(top), Elastic(), smaller=(3,))
+
+    def configure(self, candidate: Candidate) -> None:
+        """Set every layer to a candidate."""
+        design = design_of(candidate)
+        self.design = design
+        c4, c8, c16, c32 = design.widths
+        for name, channels in (("stem", c4), ("down8", c8), ("down16", c16), ("down32", c32), ("fuse", design.head)):
+            self.get_submodule(name).conv.set(out_channels=channels)  # type: ignore[operator, union-attr]
+        for name, channels in (("lateral32", c16), ("lateral16", c8)):
+            self.get_submodule(name).set(out_channels=channels)  # type: ignore[operator]
+        for stride, channels, depth, kernel in zip(STAGES, (c8, c16, c32), design.blocks, design.kernels):
+            stage = self.get_submodule(f"stage{stride}")
+            assert isinstance(stage, ElasticStage)
+            stage.set(depth=depth)
+            for block in stage.blocks:
+                assert isinstance(block, Residual)
+                block.first.conv.set(out_channels=round(channels * design.expand), kernel_size=kernel)  # type: ignore[operator]
+                block.conv.set(out_channels=channels, kernel_size=kernel)  # type: ignore[operator]
+
+
+def path_loss(net: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The loss of the path that a supernet is set to, at its resolution."""
+    assert isinstance(net, PairDetector)
+    return training.loss(net, resized(batch, net.design.size))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What evaluations share: the folder with the supernet and the table, the data, and how much of it."""
+
+    folder: str
+    data: str | None
+    preset: str
+    target_ms: float = TARGET_MS
+
+
+def train(setup: Setup, resume: bool) -> Path:
+    """Train the supernet, unless its weights are there already; the file of its weights."""
+    place = Path(setup.folder) / "supernet.safetensors"
+    if place.is_file() and resume:
+        return place
+    torch.manual_seed(0)
+    net = Supernet().to(memory_format=torch.channels_last)
+    pairs = _pairs(setup, "train")
+    ready = [*prepare(pairs), *drawn(max(4, round(training.DRAWN * min(1.0, len(pairs) / 800))), 0)]
+    basis = training.SCHEDULES[setup.preset]
+    steps = max(1, len(ready) * training.EACH // basis.batch_size)
+
+    def batches(epoch: int) -> Iterable[dict[str, Any]]:
+        return training.training_batches(ready, basis.batch_size, steps, basis.seed, epoch)
+
+    phases = [
+        Phase(name, free, replace(basis, epochs=epochs, lr=basis.lr if number == 0 else basis.lr / 2))
+        for number, (name, free, epochs) in enumerate(PHASES[setup.preset])
+    ]
+    train_supernet(
+        net, phases, batches, path_loss, steps_per_epoch=steps, folder=Path(setup.folder) / "supernet", resume=resume,
+        paths=PATHS,
+    )  # fmt: skip
+    save_weights(net, place)
+    return place
+
+
+class Judge:
+    """Gives a candidate its metrics; made once in every process that evaluates."""
+
+    def __init__(self, setup: Setup, train: Sequence[Any], validation: Sequence[Any]) -> None:
+        self.net = Supernet()
+        load_weights(self.net, Path(setup.folder) / "supernet.safetensors")
+        self.net.eval()
+        self.target_ms = setup.target_ms
+        self.validation = prepare(validation)
+        ready, basis = prepare(train), training.SCHEDULES[setup.preset]
+        wanted = 16 if setup.preset == "full" else 2
+        self.seen = list(training.training_batches(ready, basis.batch_size, wanted, basis.seed, 10_000))
+        self.table = LatencyTable.load(Path(setup.folder) / "latency.json")
+
+    def __call__(self, candidate: Candidate) -> dict[str, float]:
+        plain, inputs = self.network(candidate), example(candidate)
+        found = operators(plain, inputs)
+        self.table = self.table.measured(found)
+        costs = Costs(lambda _: (plain, inputs)).of(candidate)
+        latency = self.table.latency(found)
+        accuracy = average_precision(plain, self.validation, design_of(candidate).size)
+        return {
+            "map": accuracy,
+            "latency": latency,
+            "score": weighted(accuracy, latency, self.target_ms),
+            "parameters": costs["parameters"],
+            "macs": costs["macs"],
+            "peak": costs["peak"],
+        }
+
+    def network(self, candidate: Candidate) -> nn.Module:
+        """A candidate with the supernet's weights and batch norms of its own."""
+        size = design_of(candidate).size
+        batches: Iterator[tuple[Tensor]] = ((resized(batch, size)["images"],) for batch in self.seen)
+        return cut(self.net, candidate, example(candidate), batches)
+
+
+def example(candidate: Candidate) -> tuple[Tensor]:
+    """One tile for a candidate."""
+    size = design_of(candidate).size
+    return (torch.rand(1, 4, size, size, generator=torch.Generator().manual_seed(0)).round(),)
+
+
+def average_precision(model: nn.Module, ready: Sequence[Ready], size: int) -> float:
+    """mAP50-95 in % of registered pairs seen at a tile size."""
+    return training.mean_average_precision_5095(model, [seen_at(pair, size) for pair in ready])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate's metrics by the supernet, as a function that worker processes can be sent."""
+
+    setup: Setup
+
+    def __call__(self, candidate: Candidate) -> dict[str, float]:
+        return _judge(self.setup)(candidate)
+
+
+@lru_cache(maxsize=1)
+def _judge(setup: Setup) -> Judge:
+    few = 40 if setup.preset == "full" else 4
+    return Judge(setup, _pairs(setup, "train")[:few], _pairs(setup, "val")[: 2 * few])
+
+
+def _pairs(setup: Setup, split: str) -> Sequence[Any]:
+    from kits.pcb_inspection import KIT
+
+    return KIT.dataset(Path(setup.data) if setup.data else None, split, setup.preset)
+
+
+def measure_table(setup: Setup, resume: bool) -> LatencyTable:
+    """The times of the space's operators in OpenVINO here, fitted to whole networks; kept in the folder."""
+    place = Path(setup.folder) / "latency.json"
+    if resume and place.is_file():
+        return LatencyTable.load(place)
+    rng, space = np.random.default_rng(0), Space(CHOICES)
+    whole = 16 if setup.preset == "full" else 8
+    chosen = [hand(), *(space.draw(rng) for _ in range(whole - 1))]
+    networks = [(PairDetector(design_of(c)).eval(), example(c)) for c in chosen]
+    found = table("openvino").fitted(networks)
+    found.save(place)
+    return found
+
+
+@dataclass(frozen=True)
+class DetectorTask:
+    """The search as `core.run_search` takes it, see `core.search.Task`."""
+
+    setup: Setup
+    evaluate: Evaluation
+    checked: LatencyTable
+    space: Space = Space(CHOICES)
+    goals: tuple[Goal, ...] = GOALS
+    score: Goal = SCORE
+
+    @property
+    def hand(self) -> dict[str, Any]:
+        """The design that ships."""
+        return hand()
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Of the metrics."""
+        return {"map": "%", "latency": "ms", "score": "", "parameters": "", "macs": "", "peak": "B"}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the metrics are."""
+        off = self.checked.checked
+        assert off is not None
+        return (
+            "map is mAP50-95 with the supernet's weights on validation boards; no board that a report is scored on was "
+            "looked at",
+            f"latency is told for one tile in {self.checked.version} FP32 on {self.checked.threads} threads from a "
+            f"table of {len(self.checked.seconds)} operators measured on {self.checked.device}; on {off.networks} "
+            f"whole networks that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by "
+            f"{100 * off.most:.0f} % at most, and ranks them with Kendall's tau {off.tau:.2f}",
+            f"score is map x (latency / {self.setup.target_ms:g} ms)^-0.07",
+        )
+
+    def keep(self, candidate: Candidate, folder: Path) -> str:
+        """Train the winner on from the supernet's weights; its weights and design go to `folder`/winner."""
+        design, place = design_of(candidate), folder / "winner"
+        if not (place / FILE).is_file() or load_design(place / FILE) != design:
+            shutil.rmtree(place, ignore_errors=True)  # another search's winner
+        place.mkdir(parents=True, exist_ok=True)
+        save_design(design, place / FILE)
+        detector, judge = PairDetector(design), _judge(self.setup)
+        detector.load_state_dict(judge.network(candidate).state_dict())
+        before = average_precision(detector.eval(), judge.validation, design.size)
+        ready = prepare(_pairs(self.setup, "train"))
+        basis = training.SCHEDULES[self.setup.preset]
+        schedule = replace(basis, epochs=FINISHED[self.setup.preset], lr=basis.lr / 2)
+        fitted = training.train_detector(
+            ready, judge.validation, schedule, place / "training", (place / "training").is_dir(), start=detector
+        )
+        save_weights(fitted.model, place / "fp32.safetensors")
+        after = average_precision(fitted.model.eval(), judge.validation, design.size)
+        return (
+            f"the winner was trained on for {schedule.epochs} epochs: mAP50-95 on the validation boards {before:.2f} "
+            f"to {after:.2f} %; quantize and score it with: fitkit run pcb_inspection --weights {place}"
+        )
+
+
+def make_task(data: Path | None, preset: str, folder: Path, resume: bool) -> DetectorTask:
+    """Train the supernet and measure the table, unless `resume` finds them in the folder."""
+    setup = Setup(str(folder), str(data) if data is not None else None, preset)
+    train(setup, resume)
+    return DetectorTask(setup, Evaluation(setup), measure_table(setup, resume))
