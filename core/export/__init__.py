@@ -18,12 +18,13 @@ from core.export.choices import choices
 from core.export.folder import RUNTIME, export_folders
 from core.export.layers import Layers
 from core.export.parity import Criterion, ParityError, Reference, check, compare_layers, described
+from core.export.reshape import reshaped
 from core.export.trace import Export, audit_trace
 from core.hardware.host import processor
 from core.kit import Graph, InputError, Kit
 from core.quantization import Quantizer, half_layers, halve_weights, pack_weights, quant_layers, weights_alone
 
-__all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export", "export_kit"]
+__all__ = ["Artifact", "Export", "ParityError", "Variant", "audit_trace", "export", "export_kit", "reshaped"]
 
 RUNTIMES = ("onnxruntime", "openvino")
 

@@ -25,7 +25,14 @@ def save_ir(source: Path, path: Path) -> None:
 
     weights = source.with_suffix(".onnx.data")
     need_room(path, source.stat().st_size + (weights.stat().st_size if weights.exists() else 0))
-    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    save_plain(openvino.convert_model(source), path)
+
+
+def save_plain(model: Any, path: Path) -> None:
+    """Write an OpenVINO model, keeping every weight's own data type."""
+    import openvino
+
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def compile_cpu(path: Path, threads: int | None = None) -> Any:

@@ -23,12 +23,13 @@ from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
 from core.search import Task
 from core.weights import load_weights, save_weights
-from kits.pcb_inspection import drift, line, training
+from kits.pcb_inspection import drift, gates, line, training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
 from kits.pcb_inspection.card import board_groups, write_card
+from kits.pcb_inspection.conditional import gate_on
 from kits.pcb_inspection.data.augment import prepare
-from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, split
+from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, image_size, split
 from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
@@ -125,6 +126,7 @@ class PcbInspection:
             "threshold": threshold,
             "frozen_on": f"{len(pairs)} validation boards",
             "drift": drift.reference(pairs),
+            "gate": gate_on(pairs),
         }
 
     def score(
@@ -257,7 +259,15 @@ class PcbInspection:
             "repeat_false_accept": repeated.false_accept,
         }
         figures = Figures(Figure(name, value, "%", basis, "compressed") for name, value in known.items())
-        return figures, line.tables(stood, repeated)
+        tables = line.tables(stood, repeated)
+        fitting = [pair for pair in chosen if max(image_size(pair.test)) <= TILE]
+        if "gate" in artifact.meta and origin is not None and fitting:
+            studied = gates.study(artifact, origin.variant, 2, fitting)
+            tables += gates.tables(studied, gates.by_density(artifact, origin.variant, 2, fitting), artifact)
+            gated, dense = (studied[name].metrics for name in ("difference gate", "always dense"))
+            lost = {f"gated_{name}_loss": dense[name] - gated[name] for name in ("official_ap", "recall_right")}
+            figures |= Figures(Figure(name, value, "points", basis, "compressed") for name, value in lost.items())
+        return figures, tables
 
     def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Four boards with what was found, missed and called falsely."""

@@ -22,6 +22,7 @@ from core.kit import InputError
 from core.progress import progress
 from kits.pcb_inspection.acceptance import PX_PER_MM
 from kits.pcb_inspection.audit import AuditLog, hash_of
+from kits.pcb_inspection.conditional import conditional
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair, find_pairs, image_size, read_image
 from kits.pcb_inspection.drift import DriftAlarm, statistics
 from kits.pcb_inspection.inspection import contact_sheet, overlay, png
@@ -59,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audit", type=Path, help="append every verdict to this log, whose entries carry the hash of the one before"
     )
+    parser.add_argument(
+        "--gated",
+        action="store_true",
+        help="look only where board and template differ: faster on boards with few defects",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="leave out the overlay pictures")
 
 
@@ -80,6 +86,11 @@ def predict(
     scale = PX_PER_MM / options.px_per_mm
     if abs(scale - 1) <= SAME:
         scale = 1.0
+    if options.gated:
+        origin = origin_of(module)
+        if origin is None:
+            raise InputError("--gated: needs an exported artifact; give one with --artifact")
+        module = conditional(origin.artifact, origin.variant, origin.threads)
     serials = read_serials(options.serials, [pair.image_id for pair in pairs]) if options.serials else {}
     log = AuditLog(options.audit) if options.audit else None
     alarm = DriftAlarm(meta["drift"]) if "drift" in meta else None

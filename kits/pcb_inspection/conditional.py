@@ -1,0 +1,218 @@
+"""Compute where something differs: clean tiles leave at once, others are looked at in crops, crowded ones as a whole.
+
+The signed differences that the network takes as input say where anything can be: a board without a difference of some
+size has no defect. The gate's size is frozen on validation boards so that it missed none there; how many crops cost as
+much as the whole tile is measured on the machine. Letters: N crops, S side of the tile, h = S / 8.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from core.export import Artifact, reshaped
+from core.kit import InputError
+from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.model.network import CLASS_COUNT, COARSEST, STRIDE
+from kits.pcb_inspection.model.pair import Grey, binarise, differences, register
+
+CROP = 128
+"""Side of a crop in pixels."""
+RIM = 24
+"""Pixels at the rim of a crop whose answers are not taken: there the network lacks what lies beside them."""
+BATCHES = (1, 2, 4, 8)
+"""Crops that are looked at together; more are split."""
+NOTHING = -20.0
+"""The logit of cells that were not looked at."""
+MARGIN = 0.5
+"""Of the smallest difference that a defect showed on validation boards, the gate's size."""
+
+Place = tuple[int, int]
+"""Upper left corner of a crop, row and column in pixels, on the grid of COARSEST."""
+
+
+def blobs(gained: Grey, lost: Grey) -> NDArray[np.int64]:
+    """The pieces of difference (n, 5): left, top, width, height, and area in pixels."""
+    found: NDArray[np.int64] = cv2.connectedComponentsWithStats(cv2.bitwise_or(gained, lost))[2][1:].astype(np.int64)
+    return found
+
+
+def least_area(gained: Grey, lost: Grey, boxes: NDArray[np.float32]) -> list[int]:
+    """Of every box (n, 4) the area of its largest piece of difference, 0 without one."""
+    pieces = blobs(gained, lost)
+    centres = pieces[:, :2] + pieces[:, 2:4] / 2
+    found = []
+    for x1, y1, x2, y2 in boxes:
+        inside = (centres[:, 0] >= x1 - 4) & (centres[:, 0] <= x2 + 4) & (centres[:, 1] >= y1 - 4) & (
+            centres[:, 1] <= y2 + 4
+        )  # fmt: skip
+        found.append(int(pieces[inside, 4].max(initial=0)))
+    return found
+
+
+def freeze_gate(areas: Sequence[int]) -> int:
+    """The area in pixels from which the gate lets a difference pass, from `least_area` of validation boards.
+
+    MARGIN times the smallest of any defect, at least 1: a defect without any difference cannot be gated, and is not
+    counted here.
+    """
+    seen = [area for area in areas if area]
+    return max(1, int(MARGIN * min(seen))) if seen else 1
+
+
+def gate_on(pairs: Sequence[Pair]) -> dict[str, int]:
+    """The gate frozen on boards: its "area", and how many of their "defects" it "missed"."""
+    areas: list[int] = []
+    for pair in pairs:
+        test, template = (binarise(image) for image in pair.load())
+        areas += least_area(*differences(test, register(test, template)[0]), pair.boxes)
+    area = freeze_gate(areas)
+    return {"area": area, "boards": len(pairs), "defects": len(areas), "missed": sum(a < area for a in areas)}
+
+
+def cover(pieces: NDArray[np.int64], area: int, side: int) -> list[Place] | None:
+    """Crops that show every piece of at least `area` away from their rims; None where a piece is larger than a crop.
+
+    Greedy: the crop is laid about the first piece that is not shown yet, and shows whatever else lies in it. At the
+    sides of the tile a crop's rim counts, since nothing lies beyond.
+    """
+    boxes = pieces[pieces[:, 4] >= area]
+    corners = np.stack((boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]), 1)
+    if len(corners) and (corners[:, 2:] - corners[:, :2]).max() > CROP - 2 * RIM - COARSEST:
+        return None
+    places: list[Place] = []
+    left = np.ones(len(corners), bool)
+    for number in np.lexsort((corners[:, 1], corners[:, 0])):
+        if not left[number]:
+            continue
+        place = tuple(_start(corners[number, axis], corners[number, axis + 2], side) for axis in (0, 1))
+        places.append((place[0], place[1]))
+        low, high = zip(*(_inner(start, side) for start in place))
+        left &= ~((corners[:, :2] >= low).all(1) & (corners[:, 2:] <= high).all(1))
+        left[number] = False
+    return places
+
+
+def _start(low: int, high: int, side: int) -> int:
+    """Where a crop begins that has `low` to `high` in its middle, on the grid and within the tile."""
+    wanted = round(((low + high) / 2 - CROP / 2) / COARSEST) * COARSEST
+    return int(min(max(wanted, 0), side - CROP))
+
+
+def _inner(start: int, side: int) -> tuple[int, int]:
+    """The part of a crop whose answers are taken."""
+    return (start + RIM if start else 0), (start + CROP - RIM if start + CROP < side else side)
+
+
+class Conditional(nn.Module):
+    """The network of a tile as a module of the same inputs and outputs that looks only where something differs.
+
+    `dense` takes (1, 4, S, S), `crops` by batch size (N, 4, CROP, CROP); from `crossover` crops on the whole tile is
+    looked at. `ways` counts which way tiles went: "clean", "crops", "dense".
+    """
+
+    def __init__(
+        self, dense: nn.Module, crops: Mapping[int, nn.Module], area: int, crossover: int,
+        gate: Callable[[Grey, Grey], list[Place] | None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.dense, self._crops, self.area, self.crossover = dense, dict(crops), area, crossover
+        self._gate = gate
+        self.ways: Counter[str] = Counter()
+        origin: Any = getattr(dense, "origin", None)
+        if origin is not None:
+            self.origin = origin
+
+    def forward(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, 4, S, S) -> class logits (1, 6, h, h) and distances (1, 4, h, h), as the network's."""
+        side = int(planes.shape[-1])
+        gained, lost = (np.ascontiguousarray((plane.numpy() > 0.5).astype(np.uint8)) for plane in planes[0, 2:])
+        if self._gate is not None:
+            places = self._gate(gained, lost)
+        else:
+            places = cover(blobs(gained, lost), self.area, side)
+        if places is None or len(places) >= self.crossover:
+            self.ways["dense"] += 1
+            found: tuple[Tensor, Tensor] = self.dense(planes)
+            return found
+        cells = side // STRIDE
+        logits = torch.full((1, CLASS_COUNT, cells, cells), NOTHING)
+        distances = torch.zeros(1, 4, cells, cells)
+        self.ways["crops" if places else "clean"] += 1
+        for part, size in _batched(places):
+            batch = torch.zeros(size, 4, CROP, CROP)
+            for row, (top, left) in zip(batch, part):
+                row.copy_(planes[0, :, top : top + CROP, left : left + CROP])
+            for place, *answer in zip(part, *self._crops[size](batch)):
+                self._paste(place, side, answer, (logits, distances))
+        return logits, distances
+
+    def _paste(self, place: Place, side: int, answer: Sequence[Tensor], into: tuple[Tensor, Tensor]) -> None:
+        (top, bottom), (left, right) = (_inner(start, side) for start in place)
+        here = np.s_[top // STRIDE : bottom // STRIDE, left // STRIDE : right // STRIDE]
+        there = np.s_[
+            (top - place[0]) // STRIDE : (bottom - place[0]) // STRIDE,
+            (left - place[1]) // STRIDE : (right - place[1]) // STRIDE,
+        ]
+        into[0][0][:, here[0], here[1]] = answer[0][:, there[0], there[1]]
+        into[1][0][:, here[0], here[1]] = answer[1][:, there[0], there[1]]
+
+
+def _batched(places: Sequence[Place]) -> list[tuple[Sequence[Place], int]]:
+    """Places in batches, each with the size of the graph that takes it."""
+    found = []
+    rest = list(places)
+    while rest:
+        size = next((b for b in BATCHES if b >= len(rest)), BATCHES[-1])
+        found.append((rest[:size], size))
+        rest = rest[size:]
+    return found
+
+
+def crop_modules(artifact: Artifact, variant: str | None, threads: int | None) -> dict[int, nn.Module]:
+    """The network for every size in BATCHES, from the file of the artifact."""
+    return {size: reshaped(artifact, [(size, 4, CROP, CROP)], variant, threads) for size in BATCHES}
+
+
+def crossover(dense: nn.Module, crops: Mapping[int, nn.Module], side: int, repeats: int = 15) -> int:
+    """The number of crops from which the whole tile is no slower, measured here; medians of `repeats`."""
+    tile = torch.rand(1, 4, side, side).round()
+    whole = _median(lambda: dense(tile), repeats)
+    most = (side // (CROP - 2 * RIM)) ** 2
+    times = {size: _median(lambda m=module, n=size: m(torch.rand(n, 4, CROP, CROP).round()), repeats)  # type: ignore[misc]
+             for size, module in crops.items()}  # fmt: skip
+    for count in range(1, most + 1):
+        spent = sum(times[size] for _, size in _batched([(0, 0)] * count))
+        if spent >= whole:
+            return count
+    return most + 1
+
+
+def _median(call: Callable[[], Any], repeats: int) -> float:
+    call()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken))
+
+
+def conditional(artifact: Artifact, variant: str | None, threads: int | None) -> Conditional:
+    """The conditional network of an artifact; InputError where it was frozen without a gate."""
+    if "gate" not in artifact.meta:
+        raise InputError(
+            f"{artifact.folder}: no gate was frozen for it; `fitkit run` on data with a validation split freezes one"
+        )
+    dense = artifact.as_module(variant, threads)
+    side = int(artifact.graphs["detector"]["inputs"][0]["example"][-1])
+    crops = crop_modules(artifact, variant, threads)
+    return Conditional(dense, crops, int(artifact.meta["gate"]["area"]), crossover(dense, crops, side))

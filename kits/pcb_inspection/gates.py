@@ -1,0 +1,166 @@
+"""Conditional compute beside always-dense, oracle and random gates: what it costs in accuracy and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.evaluation.bench import bench
+from core.export import Artifact
+from core.progress import progress
+from kits.pcb_inspection.acceptance import score
+from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover
+from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.data.defects import add_defects
+from kits.pcb_inspection.inspection import clean_boards
+from kits.pcb_inspection.model.inspector import input_side, inspect, pad, to_input
+from kits.pcb_inspection.model.network import COARSEST
+from kits.pcb_inspection.model.pair import Grey, binarise, register, stack
+
+DENSITIES = (0, 1, 2, 5, 10, 20)
+"""Defects drawn into a good board."""
+SHOWN = ("official_ap", "map33", "map5095", "recall_any", "recall_right", "precision")
+
+
+@dataclass(frozen=True)
+class Studied:
+    """One gate: its metrics in %, milliseconds of the network's part, and the share of tiles that went each way."""
+
+    metrics: Mapping[str, float]
+    milliseconds: float
+    ways: Mapping[str, int]
+
+
+def study(artifact: Artifact, variant: str, threads: int, pairs: Sequence[Pair]) -> dict[str, Studied]:
+    """Always dense, the frozen gate, one that knows the defects, and one that looks at as many crops anywhere."""
+    gated = conditional(artifact, variant, threads)
+    side = input_side(gated.dense)
+    shown = _Shown()
+    gates: dict[str, nn.Module] = {
+        "always dense": gated.dense,
+        "difference gate": gated,
+        "oracle": _with_gate(gated, lambda gained, lost: around(shown.boxes, side)),
+        "random": _with_gate(gated, lambda gained, lost: anywhere(_count(gated, gained, lost, side), side, shown.rng)),
+    }
+    truths = {p.image_id: (p.boxes, p.labels) for p in pairs}
+    groups = {p.image_id: p.group for p in pairs}
+    found: dict[str, dict[str, Any]] = {name: {} for name in gates}
+    tiles = []
+    with progress("gates", len(pairs)) as bar:
+        for number, pair in enumerate(pairs):
+            test, template = pair.load()
+            shown.boxes, shown.rng = pair.boxes * (side / 640), np.random.default_rng(number)
+            for name, module in gates.items():
+                found[name][pair.image_id] = inspect(module, test, template).detections
+            tiles.append(planes_of(test, template, side))
+            bar.advance()
+    ways = {name: dict(m.ways) if isinstance(m, Conditional) else {"dense": len(pairs)} for name, m in gates.items()}
+    times = _times({n: m for n, m in gates.items() if n in ("always dense", "difference gate")}, tiles, threads)
+    studied = {}
+    for name in gates:
+        metrics = score(found[name], truths, float(artifact.meta["threshold"]), groups).figures()
+        studied[name] = Studied({k: metrics[k][0] for k in SHOWN}, times.get(name, float("nan")), ways[name])
+    return studied
+
+
+class _Shown:
+    """The board that is looked at: what the oracle knows, and the draws of the random gate."""
+
+    boxes: Any = np.zeros((0, 4), np.float32)
+    rng = np.random.default_rng(0)
+
+
+def _with_gate(like: Conditional, gate: Callable[[Grey, Grey], list[Place] | None]) -> Conditional:
+    return Conditional(like.dense, like._crops, like.area, like.crossover, gate)
+
+
+def _count(like: Conditional, gained: Grey, lost: Grey, side: int) -> int:
+    places = cover(blobs(gained, lost), like.area, side)
+    return like.crossover if places is None else len(places)
+
+
+def around(boxes: Any, side: int) -> list[Place] | None:
+    """Crops about true boxes (n, 4)."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    pieces = np.concatenate((boxes[:, :2], sizes, np.full((len(boxes), 1), CROP)), 1).round().astype(np.int64)
+    return cover(pieces, 1, side)
+
+
+def anywhere(count: int, side: int, rng: np.random.Generator) -> list[Place]:
+    """Crops at random places on the grid."""
+    starts = rng.integers(0, (side - CROP) // COARSEST + 1, (count, 2)) * COARSEST
+    return [(int(a), int(b)) for a, b in starts]
+
+
+def planes_of(test: Grey, template: Grey, side: int) -> Tensor:
+    """The network's input of a board no larger than a tile, registered, for a tile of 640 px."""
+    board, golden = binarise(test), binarise(template)
+    return to_input(pad(stack(board, register(board, golden)[0]), side, side))
+
+
+def _times(modules: Mapping[str, nn.Module], tiles: Sequence[Tensor], threads: int) -> dict[str, float]:
+    """Median milliseconds of the network's part over tiles, in turns."""
+
+    def through(module: nn.Module) -> Callable[[], Any]:
+        def call() -> None:
+            with torch.inference_mode():
+                for tile in tiles:
+                    module(tile)
+
+        return call
+
+    timed = bench({name: through(m) for name, m in modules.items()}, runs=7, threads=threads, label="gates").timings
+    return {name: t.p50 / len(tiles) for name, t in timed.items()}
+
+
+def by_density(
+    artifact: Artifact, variant: str, threads: int, pairs: Sequence[Pair], boards: int = 6
+) -> list[tuple[int, float, float, float]]:
+    """(defects a tile, crops, milliseconds gated, milliseconds dense) on good boards with defects drawn into them."""
+    gated = conditional(artifact, variant, threads)
+    side = input_side(gated.dense)
+    rows = []
+    for density in DENSITIES:
+        tiles, counts = [], []
+        for number, pair in enumerate(clean_boards(pairs)[:boards]):
+            test, template = pair.load()
+            if density:
+                test = add_defects(binarise(test), np.random.default_rng((density, number)), density)[0]
+            tiles.append(planes_of(test, template, side))
+            gained, lost = (np.ascontiguousarray((p.numpy() > 0.5).astype(np.uint8)) for p in tiles[-1][0, 2:])
+            counts.append(_count(gated, gained, lost, side))
+        times = _times({"dense": gated.dense, "gated": gated}, tiles, threads)
+        rows.append((density, float(np.mean(counts)), times["gated"], times["dense"]))
+    return rows
+
+
+def tables(
+    studied: Mapping[str, Studied], densities: Sequence[tuple[int, float, float, float]], artifact: Artifact
+) -> list[dict[str, Any]]:
+    """Both studies as tables of a report."""
+    rows = []
+    for name, found in studied.items():
+        ways = ", ".join(f"{count} {way}" for way, count in sorted(found.ways.items()))
+        spent = "" if np.isnan(found.milliseconds) else round(found.milliseconds, 2)
+        rows.append([name, *(round(found.metrics[k], 2) for k in SHOWN), spent, ways])
+    gate = artifact.meta["gate"]
+    return [
+        {
+            "title": "Conditional compute", "columns": ["gate", *(f"{k} [%]" for k in SHOWN), "network [ms]", "tiles"],
+            "rows": rows,
+            "note": f"crops of {CROP} px, {RIM} px of rim not taken, about differences of {gate['area']} px or more: "
+            f"on the {gate['boards']} validation boards the gate misses {gate['missed']} of {gate['defects']} defects; "
+            "the oracle knows where defects are, the random gate looks at as many crops anywhere",
+        },
+        {
+            "title": "Time by defects in a tile", "columns": ["defects", "crops", "gated [ms]", "dense [ms]", "ratio"],
+            "rows": [[d, round(c, 1), round(a, 2), round(b, 2), round(a / b, 2)] for d, c, a, b in densities],
+            "note": "good boards with defects drawn into them, the network's part alone, in turns; from the measured "
+            "crossover on a tile is looked at as a whole",
+        },
+    ]  # fmt: skip
