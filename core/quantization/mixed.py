@@ -23,10 +23,11 @@ from core.quantization.ptq import restore as restore_quantized
 class MixedPrecision(Plan, Step):
     """INT8 for `layers`, FP16 for `half`, except where the outputs would lose too much.
 
-    Each layer alone is tried in INT8 and in FP16 on `probes` calibration inputs; those that cost most are raised to
-    FP16 or FP32 until the summed relative squared error of the outputs is at most `budget`. The rest is `Quantize`
-    and `Half` with the layers that were chosen. `keep` stays in FP32. `judged` names the outputs of the graph that
-    count (default: all): rows in the order of their scores say nothing, for the least change turns them over.
+    Each layer alone is tried in INT8 and in FP16 on `probes` calibration inputs (preset "smoke": one); those that cost
+    most are raised to FP16 or FP32 until the summed relative squared error of the outputs is at most `budget`. The
+    rest is `Quantize` and `Half` with the layers that were chosen. `keep` stays in FP32. `judged` names the outputs of
+    the graph that count (default: all): rows in the order of their scores say nothing, for the least change turns them
+    over.
     """
 
     half: tuple[str, ...] = ()
@@ -54,7 +55,8 @@ def restore(model: nn.Module, step: MixedPrecision, structure: dict[str, Any]) -
 def mix_precisions(model: nn.Module, step: MixedPrecision, context: Context) -> Outcome:
     """Measure every layer alone, choose, then quantize and halve."""
     wanted = [n for n in halvable(model) if _any(n, step.half) and not _any(n, step.keep)]
-    probes = CalibrationInputs(context, step.probes, model)
+    # a short trial looks at one input only: every layer is run twice for each
+    probes = CalibrationInputs(context, step.probes if context.preset == "full" else 1, model)
     errors = precision_errors(model, probes, step, wanted)
     graphs = [g for g in context.kit.exports() if not g.part]
     counted = _counted(errors, step.judged, graphs[0].outputs if len(graphs) == 1 else ())

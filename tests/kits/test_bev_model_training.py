@@ -99,7 +99,8 @@ def test_layer_loss_counts_boxes_and_leaves_unknown_velocities_out() -> None:
     wanted = torch.zeros(1, 4, 10)
     wanted[0, 0, 8:] = torch.nan
     cls, box = layer_loss(scores[None], codes[None], Targets(labels, wanted), WEIGHTS)
-    apart = float(codes[0, :8].abs().sum() + (codes[2].abs() * WEIGHTS).sum())
+    still = torch.cat((WEIGHTS[:8], VELOCITY_WEIGHT * WEIGHTS[8:]))
+    apart = float(codes[0, :8].abs().sum() + (codes[2].abs() * still).sum())
     assert float(box) == pytest.approx(0.25 * apart / 2, rel=1e-5)
     assert float(cls) == pytest.approx(2.0 * float(focal(scores, labels[0])) / 2, rel=1e-5)
 

@@ -308,6 +308,18 @@ def test_what_moves_counts_more_than_what_stands() -> None:
     wanted[2, 8:] = torch.nan
     found = wanted.nan_to_num() + 1
     weights = torch.tensor([1.0] * 8 + [0.2, 0.2])
-    lost = code_error(found, wanted, weights)
+    lost = code_error(found, wanted, weights, torch.zeros(3, dtype=torch.long))
     assert lost[:, :8].tolist() == [[1.0] * 8] * 3
     assert lost[:, 8:].flatten().tolist() == pytest.approx([0.6, 0.6, 0.6 * 3.5, 0.6 * 3.5, 0.0, 0.0])
+
+
+def test_a_barrier_may_face_either_way_and_nothing_else_may() -> None:
+    heading = torch.tensor([[0.6, 0.8]] * 3)
+    wanted = torch.cat((torch.zeros(3, 6), heading, torch.zeros(3, 2)), 1)
+    found = torch.cat((torch.zeros(3, 6), heading * torch.tensor([[-0.9], [0.9], [-0.9]]), torch.zeros(3, 2)), 1)
+    labels = torch.tensor([CLASSES.index("barrier"), CLASSES.index("barrier"), CLASSES.index("trailer")])
+    lost = code_error(found, wanted, torch.ones(10), labels).sum(1)
+    assert lost.tolist() == pytest.approx([0.14, 0.14, 1.9 * 1.4])
+    found.requires_grad_(True)
+    code_error(found, wanted, torch.ones(10), labels).sum().backward()
+    assert found.grad is not None and (found.grad[0, 6:8] > 0).all(), "it is drawn on towards the way that it faces"

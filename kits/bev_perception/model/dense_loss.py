@@ -77,9 +77,10 @@ def cell_loss(
         said.append(dense.codes[index][:, row, column].T)
         wanted.append(code)
     found = torch.cat(said)
-    apart = code_error(found, torch.cat(wanted), found.new_tensor(CODE_WEIGHTS))
+    labels = torch.cat([truth.labels for truth in truths])
+    apart = code_error(found, torch.cat(wanted), found.new_tensor(CODE_WEIGHTS), labels)
     if class_weights is not None:
-        apart = apart * class_weights[torch.cat([truth.labels for truth in truths])][:, None]
+        apart = apart * class_weights[labels][:, None]
     return {
         "heat": heat_loss(dense.logits, torch.stack(maps), class_weights),
         "box": BOX_WEIGHT * apart.sum() / max(1, len(found)),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kits.bev_perception.model import boxes
+from kits.bev_perception.model.configs import CLASSES
 from kits.bev_perception.model.detector import Predictions
 from kits.bev_perception.model.matching import ALPHA, GAMMA, match
 
@@ -20,6 +21,7 @@ CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
 VELOCITY_WEIGHT, MOVING = 3.0, 2.0
 """Of a velocity beside its code weight, and the metres a second at which it counts twice that."""
+BARRIER = CLASSES.index("barrier")
 IGNORED = -1
 """The label of a query that learns nothing."""
 
@@ -71,24 +73,34 @@ def layer_loss(
     """
     chosen = (targets.labels >= 0) & (targets.labels < cls_scores.shape[-1])
     count = chosen.sum().clamp(min=1)
-    apart = code_error(bbox_preds[chosen], targets.codes[chosen], code_weights)
+    apart = code_error(bbox_preds[chosen], targets.codes[chosen], code_weights, targets.labels[chosen])
     if class_weights is not None:
         apart = apart * class_weights[targets.labels[chosen]][:, None]
     classes = focal(cls_scores, targets.labels, class_weights)
     return CLASS_WEIGHT * classes / count, BOX_WEIGHT * apart.sum() / count
 
 
-def code_error(found: Tensor, wanted: Tensor, code_weights: Tensor) -> Tensor:
-    """Absolute differences of codes (G, 10) by weights (10,), 0 for what is not known.
+def code_error(found: Tensor, wanted: Tensor, code_weights: Tensor, labels: Tensor) -> Tensor:
+    """Absolute differences of codes (G, 10) of boxes with labels (G,) by weights (10,), 0 for what is not known.
 
+    A barrier looks the same from behind, and the score asks no more: whichever heading is nearer counts. Without that
+    the best guess between two headings is one across them.
     A velocity counts VELOCITY_WEIGHT * (1 + speed / MOVING) times: most things stand, and of a plain difference the
     best guess for what might move is that it stands as well.
     """
     known = wanted.isfinite()
-    wanted = torch.where(known, wanted, 0.0)
+    wanted = facing(found, torch.where(known, wanted, 0.0), labels)
     apart = torch.where(known, found - wanted, 0.0).abs() * code_weights
     moving = VELOCITY_WEIGHT * (1 + wanted[:, 8:].norm(dim=1, keepdim=True) / MOVING)
     return torch.cat((apart[:, :8], apart[:, 8:] * moving), 1)
+
+
+def facing(found: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+    """Wanted codes (G, 10), those of barriers turned half around where that is nearer to what was found."""
+    away, back = (apart.abs().sum(-1) for apart in (found[:, 6:8] - wanted[:, 6:8], found[:, 6:8] + wanted[:, 6:8]))
+    turned = (labels == BARRIER) & (back < away)
+    sign = torch.where(turned, -1.0, 1.0)[:, None]
+    return torch.cat((wanted[:, :6], wanted[:, 6:8] * sign, wanted[:, 8:]), 1)
 
 
 def targets_of(cls_scores: Tensor, bbox_preds: Tensor, truths: Sequence[Truth]) -> Targets:
