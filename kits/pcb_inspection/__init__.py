@@ -26,7 +26,7 @@ from core.weights import load_weights, save_weights
 from kits.pcb_inspection import drift, gates, line, training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
-from kits.pcb_inspection.card import board_groups, write_card
+from kits.pcb_inspection.card import FROZEN, board_groups, write_card
 from kits.pcb_inspection.conditional import gate_on
 from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, image_size, split
@@ -74,12 +74,11 @@ class PcbInspection:
         return _load(PairDetector(design_beside(path)), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        """FP32 and INT8 as shipped, and the frozen threshold."""
+        """FP32 and INT8 as shipped, and what was frozen for them."""
         card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
         int8 = replay(PairDetector(design_beside(WEIGHTS / "int8.safetensors")), card["int8"])
-        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, {
-            "threshold": card["threshold"]
-        }
+        frozen = {name: card[name] for name in FROZEN if name in card}
+        return {"fp32": self.model(), "int8": _load(int8, WEIGHTS / "int8.safetensors")}, frozen
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Pair]:
         """The pairs of a split of a DeepPCB folder or of the generated set; "smoke" takes at most 40."""
@@ -191,7 +190,7 @@ class PcbInspection:
             "seconds": round(spent),
             "command": f"fitkit train pcb_inspection {'--data DeepPCB ' if data else ''}--preset {preset}{taught}",
         }
-        write_card(weights, history(out / "steps"), artifact.meta["threshold"], scores, about)
+        write_card(weights, history(out / "steps"), artifact.meta, scores, about)
         figures = Figures()
         for name, metrics in scores.items():
             basis = Measured(

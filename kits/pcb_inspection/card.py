@@ -21,20 +21,26 @@ SHOWN = (
 )  # fmt: skip
 
 
+FROZEN = ("threshold", "gate", "drift")
+"""What an artifact's meta and the card of its weights share: confidence, difference gate, and how pictures looked."""
+
+
 def write_card(
     out: Path,
     steps: list[dict[str, Any]],
-    threshold: float,
+    frozen: Mapping[str, Any],
     scores: Mapping[str, Mapping[str, Any]],
     about: Mapping[str, Any],
 ) -> None:
     """Write both cards beside fp32.safetensors and int8.safetensors in `out`.
 
-    `steps` rebuild the INT8 modules (`core.compress.history`), `scores` are {variant: metrics} on boards
-    held out of every choice, `about` tells data, split sizes, seed, command and seconds.
+    `steps` rebuild the INT8 modules (`core.compress.history`), `frozen` is what was chosen on validation boards (see
+    FROZEN), `scores` are {variant: metrics} on boards held out of every choice, `about` tells data, split sizes, seed,
+    command and seconds.
     """
     hashes = {name: file_hash(out / name) for name in ("fp32.safetensors", "int8.safetensors")}
-    card = {"threshold": threshold, "int8": steps, "scores": scores, "about": about, "sha256": hashes, "date": today()}
+    known = {name: frozen[name] for name in FROZEN if name in frozen}
+    card = {**known, "int8": steps, "scores": scores, "about": about, "sha256": hashes, "date": today()}
     write_text(out / "card.json", json.dumps(card, indent=1) + "\n")
     write_text(out / "README.md", _text(card, _licence(bool(about["deeppcb"]))))
 
