@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,3 +113,22 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return value.detach().clone(memory_format=torch.contiguous_format) if part else value.detach().contiguous()
 
     return {name: own(value) for name, value in tensors.items()}
+
+
+def load_mean(model: nn.Module, paths: Sequence[Path]) -> None:
+    """Load the mean of several files of weights, such as those of one training's last legs; counters are the last's.
+
+    What they fluctuate about is better than each (Wortsman et al. 2022, "Model soups"). InputError as `load_weights`,
+    and without a file.
+    """
+    if not paths:
+        raise InputError("the mean of no weights; name at least one file")
+    sums: dict[str, Tensor] = {}
+    for path in paths:
+        load_weights(model, path)
+        for name, value in stored(model).items():
+            known = value.detach().to(torch.float64) if value.is_floating_point() else value.detach().clone()
+            sums[name] = sums[name] + known if name in sums and value.is_floating_point() else known
+    state = stored(model)
+    means = {n: (s / len(paths)).to(state[n].dtype) if s.is_floating_point() else s for n, s in sums.items()}
+    load_stored(model, means, "the mean")

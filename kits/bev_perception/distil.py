@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,11 +21,14 @@ from core.distillation import guided_loss, softened_binary_kl, softened_kl
 from core.kit import Context, InputError, Step
 from core.pruning import check_pattern
 from core.train import Schedule, fit
+from core.weights import save_weights
 from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.learner import Learner, distances_in_bfloat16, features_in_bfloat16
 from kits.bev_perception.training import LANES, Memory, learner_of, shown
+
+HEADS = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -117,15 +122,22 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     modes = [(module, module.training) for module in original.modules()]
     original.eval()
     folder = context.folder / "follow" if context.folder is not None else None
+    learner = learner_of(model, samples)
+    if context.folder is not None and (before := _heads_before(context.folder)) is not None:
+        learner.heads().load_state_dict(load_file(before))
     try:
         trained = fit(
-            _Following(learner_of(model, samples), original, step), batches, loss, schedule, steps_per_epoch=steps,
+            _Following(learner, original, step), batches, loss, schedule, steps_per_epoch=steps,
             folder=folder, resume=context.resume, label="following the original",
         )  # fmt: skip
     finally:
         for module, training in modes:
             module.training = training
     losses = [entry["loss"] for entry in trained.history]
+    if context.folder is not None:
+        place = context.folder.with_suffix(".heads")  # beside the step's own folder, which goes when the step is done
+        place.mkdir(exist_ok=True)
+        save_weights(learner.heads(), place / HEADS)
     detector: Any = trained.model.get_submodule("learner.detector")
     _clear(held, masks)  # the weights' average remembers what lay between two batches
     seen = step.epochs * steps * LANES
@@ -133,6 +145,12 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     if held:
         what += f"; {len(held)} weights stayed 2:4 sparse"
     return Outcome(detector, [{"layer": "(model)", "what": what}])
+
+
+def _heads_before(folder: Path) -> Path | None:
+    """What the last step before left of the heads that only training has: begun at random they disturb the network."""
+    found = [p for p in sorted(folder.parent.glob(f"[0-9][0-9]-*.heads/{HEADS}")) if p.parent.stem < folder.stem]
+    return found[-1] if found else None
 
 
 @torch.no_grad()

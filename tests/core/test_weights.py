@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.compress import file_hash
 from core.kit import InputError
-from core.weights import load_weights, save_weights, stored
+from core.weights import load_mean, load_weights, save_weights, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESS = """
@@ -141,3 +141,22 @@ def test_a_file_that_is_not_whole_is_refused(damage: str, tmp_path: Path) -> Non
     what = "no such file" if damage == "missing" else "not a whole safetensors file"
     with pytest.raises(InputError, match=rf"w\.safetensors: {what}"):
         load_weights(Tied(), path)
+
+
+def test_the_mean_of_files_is_loaded_and_counters_are_the_lasts(tmp_path: Path) -> None:
+    files = []
+    for number, value in enumerate((1.0, 2.0, 6.0)):
+        net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        for tensor in net.state_dict().values():
+            tensor.fill_(value)
+        files.append(tmp_path / f"{number}.safetensors")
+        save_weights(net, files[-1])
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    load_mean(net, files)
+    found = {name: set(tensor.flatten().tolist()) for name, tensor in net.state_dict().items()}
+    assert found.pop("1.num_batches_tracked") == {6}
+    assert set(map(tuple, found.values())) == {(3.0,)}
+    with pytest.raises(InputError, match="mean of no weights"):
+        load_mean(net, [])
+    with pytest.raises(InputError, match="not weights of this"):
+        load_mean(nn.Linear(2, 2), files)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core.compress import compress
 from core.distillation import softened_kl
@@ -77,6 +78,18 @@ def test_following_the_distances_keeps_them_near_the_originals(samples: list[Key
     free, held = (followed(samples, FollowOriginal(epochs=2, lr=1e-2, far=far))[0] for far in (0.0, 50.0))
     apart = [float(softened_kl(told(model), told(original), 1.0, dim=2)) for model in (free, held)]
     assert 0 < apart[1] < 0.5 * apart[0]
+
+
+def test_what_trains_along_is_handed_on_from_step_to_step(samples: list[Keyframe], tmp_path: Path) -> None:
+    steps = [FollowOriginal(epochs=1, lr=1e-3, seed=seed) for seed in range(2)]
+    followed(samples, *steps, folder=tmp_path)
+    heads = [load_file(p) for p in sorted(tmp_path.glob("*.heads/heads.safetensors"))]
+    assert len(heads) == 2 and {n.split(".")[0] for n in heads[0]} == {"denoiser", "pixels"}
+    name = "pixels.layers.0.weight"
+    moved, size = (heads[1][name] - heads[0][name]).norm(), heads[0][name].norm()
+    assert 0 < moved < 0.3 * size, "begun anew they would have nothing in common"
+    followed(samples, steps[0], folder=tmp_path)
+    assert len(list(tmp_path.glob("*.heads"))) == 1, "a new run begins with those of no other"
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])

@@ -135,6 +135,11 @@ class Learner(nn.Module):
         self.denoising_weight = denoising_weight
         self.register_buffer("class_weights", class_weights, persistent=False)
 
+    def heads(self) -> nn.ModuleDict:
+        """What trains along and is thrown away after: the denoiser and the pixels' head, where they are there."""
+        known = {"denoiser": self.denoiser, "pixels": self.pixels}
+        return nn.ModuleDict({name: module for name, module in known.items() if module is not None})
+
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""
         return self.losses(batch).total
