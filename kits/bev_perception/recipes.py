@@ -59,8 +59,8 @@ RECIPES = {
             "2:4 zeros in every matrix product that can",
         ),
         Recipe(
-            "whole", (*FOLLOWED, *SPARSE, AROUND, MIXED), "45 minutes of training on two cores",
-            "pruned, 2:4, INT8 in the backbone, FP16 in the transformer; cost 14 points of NDS when it was run",
+            "whole", (*FOLLOWED, *SPARSE, AROUND, MIXED), "about 45 minutes of training on two cores",
+            "pruned, 2:4, INT8 in the backbone, FP16 in the transformer; its former version cost 14 points of NDS",
         ),
         Recipe(
             "shipped",
