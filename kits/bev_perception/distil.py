@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,14 +20,12 @@ from core.distillation import guided_loss, softened_binary_kl, softened_kl
 from core.kit import Context, InputError, Step
 from core.pruning import check_pattern
 from core.train import Schedule, fit
-from core.weights import save_weights
+from core.weights import load_weights, save_weights
 from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.learner import Learner, distances_in_bfloat16, features_in_bfloat16
-from kits.bev_perception.training import LANES, Memory, learner_of, shown
-
-HEADS = "heads.safetensors"
+from kits.bev_perception.training import HEADS, LANES, Memory, learner_of, shown
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     folder = context.folder / "follow" if context.folder is not None else None
     learner = learner_of(model, samples)
     if context.folder is not None and (before := _heads_before(context.folder)) is not None:
-        learner.heads().load_state_dict(load_file(before))
+        load_weights(learner.heads(), before)
     try:
         trained = fit(
             _Following(learner, original, step), batches, loss, schedule, steps_per_epoch=steps,

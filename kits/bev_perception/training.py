@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.train import Fit, Schedule, fit
+from core.weights import load_weights, save_weights
 from kits.bev_perception.data.keyframes import Keyframe, in_scenes
 from kits.bev_perception.data.streams import Shot, collate, streams
 from kits.bev_perception.model.configs import NANO, Config
@@ -21,6 +22,8 @@ from kits.bev_perception.model.loss import rarity
 
 LANES = 2
 """Scenes that a process shows side by side."""
+HEADS = "heads.safetensors"
+"""What trains along, in the folder of a training."""
 PROCESSES = 2
 """Of the training of the shipped weights, one a core: `accelerate launch` or `torch.distributed.run`."""
 
@@ -99,15 +102,20 @@ def train_detector(
     evaluate: Callable[[BEVFormer], float] | None = None,
     on_epoch: Callable[[int, BEVFormer], bool | None] | None = None,
     start: BEVFormer | None = None,
+    heads: Path | None = None,
 ) -> Fit:
     """Train a detector from random weights, or from `start`; `fit.model` is the detector.
 
-    `evaluate` tells the epochs apart; the best one's weights are returned.
+    `evaluate` tells the epochs apart; the best one's weights are returned. `heads` is a file of `Learner.heads` to go
+    on with: at random they disturb a trained detector for most of an epoch. They are left in `folder` as HEADS.
     """
     torch.manual_seed(schedule.seed)
     lanes, processes = schedule.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     detector = start if start is not None else BEVFormer(config)
-    model = Streaming(learner_of(detector, samples), Memory(config, lanes))
+    learner = learner_of(detector, samples)
+    if heads is not None:
+        load_weights(learner.heads(), heads)
+    model = Streaming(learner, Memory(config, lanes))
     steps = -(-len(samples) // (lanes * processes)) * processes
 
     def batches(epoch: int) -> Iterator[list[Shot]]:
@@ -131,6 +139,7 @@ def train_detector(
         on_epoch=None if on_epoch is None else lambda epoch, m: on_epoch(epoch, _detector(m)),
         label="training",
     )
+    save_weights(learner.heads(), folder / HEADS)
     return Fit(_detector(trained.model), trained.history)
 
 

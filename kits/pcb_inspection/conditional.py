@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from core.export import Artifact, reshaped
 from core.kit import InputError
 from kits.pcb_inspection.data.deeppcb import Pair
-from kits.pcb_inspection.model.network import CLASS_COUNT, COARSEST, STRIDE
+from kits.pcb_inspection.model.design import COARSEST
+from kits.pcb_inspection.model.network import CLASS_COUNT, STRIDE
 from kits.pcb_inspection.model.pair import Grey, binarise, differences, register
 
 CROP = 128
@@ -168,7 +169,7 @@ class Conditional(nn.Module):
 
 def _batched(places: Sequence[Place]) -> list[tuple[Sequence[Place], int]]:
     """Places in batches, each with the size of the graph that takes it."""
-    found = []
+    found: list[tuple[Sequence[Place], int]] = []
     rest = list(places)
     while rest:
         size = next((b for b in BATCHES if b >= len(rest)), BATCHES[-1])

@@ -18,8 +18,8 @@ from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.defects import add_defects
 from kits.pcb_inspection.inspection import clean_boards
+from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.inspector import input_side, inspect, pad, to_input
-from kits.pcb_inspection.model.network import COARSEST
 from kits.pcb_inspection.model.pair import Grey, binarise, register, stack
 
 DENSITIES = (0, 1, 2, 5, 10, 20)

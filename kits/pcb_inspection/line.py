@@ -34,7 +34,7 @@ def moved(test: Grey, template: Grey, boxes: Boxes, *, dx: float = 0, dy: float 
     """The board moved by pixels, turned by degrees and stretched about its middle; boxes keep their size but for it."""
     height, width = test.shape
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), turn, scale)
-    matrix[:, 2] += dx, dy
+    matrix[:, 2] += np.array([dx, dy])
     seen = cv2.warpAffine(test, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     centres = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, np.ones((len(boxes), 1))), 1) @ matrix.T
     half = (boxes[:, 2:] - boxes[:, :2]) / 2 * scale
@@ -117,10 +117,8 @@ def stress(module: nn.Module, pairs: Sequence[Pair], threshold: float) -> dict[s
         matching = match_official(predictions[name], truths[name])
         called, any_, right = matching.at(threshold)
         false = int((called & (matching.owner < 0)).sum())
-        found[name] = Stood(
-            len(pairs), len(any_), *(100 * float(v.mean()) if len(v) else float("nan") for v in (any_, right)),
-            false / max(1, len(pairs)),
-        )  # fmt: skip
+        recalls = [100 * float(v.mean()) if len(v) else float("nan") for v in (any_, right)]
+        found[name] = Stood(len(pairs), len(any_), recalls[0], recalls[1], false / max(1, len(pairs)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from core.train import Schedule
@@ -287,6 +289,21 @@ def test_training_goes_on_where_it_stopped(samples: list[Keyframe], tmp_path: Pa
     assert [e["loss"] for e in resumed.history] == [e["loss"] for e in whole.history]
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_training_goes_on_with_the_heads_of_another(samples: list[Keyframe], tmp_path: Path) -> None:
+    schedule = Schedule(epochs=1, batch_size=2, lr=1e-4, warmup=0.1, ema=0.5, clip=10.0)
+    first = train_detector(samples, schedule, tmp_path / "first", False, config=PROPOSING)
+    left = tmp_path / "first" / "heads.safetensors"
+    kept = {}
+    for name, heads in (("with", left), ("without", None)):
+        start = copy.deepcopy(first.model)
+        assert isinstance(start, BEVFormer)
+        train_detector(samples, schedule, tmp_path / name, False, config=PROPOSING, start=start, heads=heads)
+        after = load_file(tmp_path / name / "heads.safetensors")
+        before = load_file(left)
+        kept[name] = float((after["pixels.layers.0.weight"] - before["pixels.layers.0.weight"]).norm())
+    assert kept["with"] < 0.2 * kept["without"]
 
 
 def test_rare_classes_count_more() -> None:
