@@ -89,8 +89,8 @@ def test_without_cameras_the_answer_is_finite(gone: int) -> None:
 
 
 def test_two_cameras_a_cell_are_as_good_as_all_where_no_third_sees_it() -> None:
-    every = replace(MICRO, cameras_per_query=None)
-    model, inputs = micro(), example_inputs(MICRO)
+    every, two = (replace(MICRO, cameras_per_query=count) for count in (None, 2))
+    model, inputs = micro(two), example_inputs(MICRO)
     shape = (MICRO.images.height, MICRO.images.width)
     _, inside, _ = geometry.project(model.pts_bbox_head.pillars, inputs["lidar2img"], shape)
     assert inside.any(-1).sum(1).max() == 2
