@@ -17,9 +17,10 @@ from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.defects import add_defects
+from kits.pcb_inspection.data.resolution import smaller
 from kits.pcb_inspection.inspection import clean_boards
 from kits.pcb_inspection.model.design import COARSEST
-from kits.pcb_inspection.model.inspector import input_side, inspect, pad, to_input
+from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, pad, to_input
 from kits.pcb_inspection.model.pair import Grey, binarise, register, stack
 
 DENSITIES = (0, 1, 2, 5, 10, 20)
@@ -54,7 +55,7 @@ def study(artifact: Artifact, variant: str, threads: int, pairs: Sequence[Pair])
     with progress("gates", len(pairs)) as bar:
         for number, pair in enumerate(pairs):
             test, template = pair.load()
-            shown.boxes, shown.rng = pair.boxes * (side / 640), np.random.default_rng(number)
+            shown.boxes, shown.rng = pair.boxes * (side / TILE), np.random.default_rng(number)
             for name, module in gates.items():
                 found[name][pair.image_id] = inspect(module, test, template).detections
             tiles.append(planes_of(test, template, side))
@@ -100,6 +101,8 @@ def anywhere(count: int, side: int, rng: np.random.Generator) -> list[Place]:
 def planes_of(test: Grey, template: Grey, side: int) -> Tensor:
     """The network's input of a board no larger than a tile, registered, for a tile of 640 px."""
     board, golden = binarise(test), binarise(template)
+    if side != TILE:
+        board, golden = (smaller(image, side / TILE) for image in (board, golden))
     return to_input(pad(stack(board, register(board, golden)[0]), side, side))
 
 

@@ -221,3 +221,11 @@ def test_the_study_holds_the_gate_against_the_others(artifact: Artifact, pairs: 
     assert densities[0][1] < densities[-1][1] and densities[0][2] < densities[0][3], "a good board costs less gated"
     tables: list[dict[str, Any]] = gates.tables(studied, densities, artifact)
     assert [len(row) == len(t["columns"]) for t in tables for row in t["rows"]] == [True] * 10
+
+
+def test_a_smaller_tile_is_given_the_whole_board(pairs: list[Pair]) -> None:
+    test, template = pairs[0].load()
+    whole, small = (gates.planes_of(test, template, side) for side in (640, 512))
+    assert whole.shape == (1, 4, 640, 640) and small.shape == (1, 4, 512, 512)
+    copper = [float((planes[0, 1] == 0).float().mean()) for planes in (whole, small)]
+    assert copper[0] == pytest.approx(copper[1], abs=0.01)
