@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.evaluation.measure import device
-from core.figures import Figure, Figures, Measured
+from core.figures import Estimated, Figure, Figures, Measured
 from core.files import write_text
 from core.kit import InputError, Kit, Recipe
 from core.nas import PARETO, RANDOM, SEARCHERS, Found, Goal, SearchPlan, Trial, as_json, pareto, search, with_control
@@ -79,10 +79,12 @@ class SearchRun:
         basis = Measured(device(), "candidates of the supernet", 1, note=f"found among {len(found.scored)} of them")
         figures = Figures()
         for name, unit in task.units.items():
+            told_by = task.estimated.get(name)
+            of = basis if told_by is None else Estimated(told_by[0], (), told_by[1])
             for stage, trial in (("original", by_hand), ("compressed", winner)):
                 value = (trial.metrics or {}).get(name)
                 if value is not None:
-                    figures |= Figures([Figure(f"searched_{name}", value, unit, basis, stage)])  # type: ignore[arg-type]
+                    figures |= Figures([Figure(f"searched_{name}", value, unit, of, stage)])  # type: ignore[arg-type]
         front = pareto(found.scored, goals)
         ahead = dominated(by_hand, found.scored, goals)
         notes = [

@@ -15,8 +15,9 @@ class Task(Protocol):
     """A search made ready: its supernet trained, its latency table measured.
 
     `goals` make the front, the first of them up and the second the cost; `score` is the one number for searchers that
-    know one goal. `units` are those of the metrics by name. `hand` is the design that the search is held against.
-    `notes` say what the metrics are, measured on what, and how far off.
+    know one goal. `units` are those of the metrics by name; `estimated` names those that are told and not measured,
+    with how, and by which share they may be off. `hand` is the design that the search is held against. `notes` say what
+    the metrics are, measured on what, and how far off.
     """
 
     @property
@@ -33,6 +34,9 @@ class Task(Protocol):
 
     @property
     def units(self) -> Mapping[str, str]: ...
+
+    @property
+    def estimated(self) -> Mapping[str, tuple[str, float]]: ...
 
     @property
     def hand(self) -> Candidate: ...
