@@ -74,6 +74,19 @@ def sensitivity(
     return curves
 
 
+def summed(groups: Sequence[Group], importances: Sequence[Tensor], round_to: int) -> list[Curve]:
+    """Curves of a global ranking: what a group loses is the sum of the importances of the channels that go.
+
+    Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019), ranks all layers' channels together.
+    """
+    curves = []
+    for group, importance in zip(groups, importances, strict=True):
+        keeps = [*group.keepable(round_to), group.channels]
+        rises = [importance[group.lowest(importance, keep)].sum().item() for keep in keeps]
+        curves.append(Curve(tuple(keeps), tuple(rises)))
+    return curves
+
+
 def allocate(
     model: nn.Module,
     groups: Sequence[Group],

@@ -19,7 +19,7 @@ from core.pruning.cost import Cost, channel_cost, count_macs, mac_cost, made_cha
 from core.pruning.coupling import Group, coupled_groups, outputs
 from core.pruning.importance import Criterion, bn_gamma, magnitude, taylor
 from core.pruning.parts import Coupled, find_parts, groups_in_parts
-from core.pruning.sensitivity import Loss, allocate, sensitivity
+from core.pruning.sensitivity import Loss, allocate, sensitivity, summed
 from core.pruning.surgery import Key, shrink, structure_of
 from core.train import Schedule, fit
 
@@ -39,7 +39,7 @@ class Prune(Step):
     ratio: float
     of: Literal["macs", "parameters", "channels", "outputs"] = "macs"
     importance: Criterion = "l1"
-    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    allocation: Literal["uniform", "sensitivity", "global"] = "uniform"
     round_to: int = 8
     keep: tuple[str, ...] = ()
     batches: int = 4
@@ -54,10 +54,12 @@ class Prune(Step):
         for name, known in (
             ("of", ("macs", "parameters", "channels", "outputs")),
             ("importance", ("l1", "l2", "bn", "taylor")),
-            ("allocation", ("uniform", "sensitivity")),
+            ("allocation", ("uniform", "sensitivity", "global")),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"Prune.{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.allocation == "global" and self.importance != "taylor":
+            raise InputError(f"Prune.allocation: 'global' compares layers, {self.importance!r} cannot; use 'taylor'")
         for name, least in (("round_to", 1), ("batches", 1), ("batch_size", 1), ("finetune_epochs", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"Prune.{name}: {getattr(self, name)}, expected {least} or more")
@@ -93,6 +95,8 @@ def prune(model: nn.Module, step: Prune, context: Context) -> Outcome:
     if step.allocation == "sensitivity":
         loss = _part_loss(model, part, context, graph)
         curves = sensitivity(part, groups, importances, step.round_to, loss, _sample(step, context))
+    elif step.allocation == "global":
+        curves = summed(groups, importances, step.round_to)
     keeps, reached = allocate(part, groups, cost, step.ratio, step.round_to, curves)
 
     removed: dict[Key, list[int]] = {}
@@ -190,9 +194,11 @@ def _part_loss(model: nn.Module, part: nn.Module, context: Context, graph: Graph
 
 
 def _sample(step: Prune, context: Context) -> list[Any]:
-    """A few batches of the training split, not augmented."""
+    """A few batches from all over the training split, not augmented: frames in a row would show one scene."""
     samples = context.kit.dataset(context.data, "train", context.preset)
-    batches = context.kit.batches(samples, step.batch_size, train=False, seed=context.seed)
+    count = min(len(samples), step.batches * step.batch_size)
+    spread = [samples[i * len(samples) // count] for i in range(count)]
+    batches = context.kit.batches(spread, step.batch_size, train=False, seed=context.seed)
     return list(islice(batches, step.batches))
 
 

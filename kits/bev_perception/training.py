@@ -36,16 +36,22 @@ SCHEDULES = {
 def shown(
     samples: Sequence[Keyframe], lanes: int, share: float, seed: int
 ) -> tuple[Callable[[int], Iterator[list[Shot]]], int]:
-    """What each epoch shows, a `share` of the scenes and others each time, and how many rows of `lanes` that are."""
+    """What each epoch shows, a `share` of the scenes and others each time, and how many rows of `lanes` that are.
+
+    Where several processes train, each takes a row of its own a step.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     scenes = in_scenes(samples)
     order = np.random.default_rng(seed).permutation(len(scenes))
     count = max(1, round(share * len(scenes)))
 
     def batches(epoch: int) -> Iterator[list[Shot]]:
         chosen = [scenes[order[(epoch * count + i) % len(scenes)]] for i in range(count)]
-        return streams([k for scene in chosen for k in scene], lanes, seed * 1009 + epoch, train=True)
+        for row in streams([k for scene in chosen for k in scene], lanes * processes, seed * 1009 + epoch, train=True):
+            for process in range(processes):
+                yield row[process * lanes : (process + 1) * lanes]
 
-    return batches, max(1, -(-round(share * len(samples)) // lanes))
+    return batches, max(1, -(-round(share * len(samples)) // (lanes * processes))) * processes
 
 
 def learner_of(detector: BEVFormer, samples: Iterable[Keyframe]) -> Learner:
@@ -110,18 +116,13 @@ def train_detector(
     on with: at random they disturb a trained detector for most of an epoch. They are left in `folder` as HEADS.
     """
     torch.manual_seed(schedule.seed)
-    lanes, processes = schedule.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    lanes = schedule.batch_size
     detector = start if start is not None else BEVFormer(config)
     learner = learner_of(detector, samples)
     if heads is not None:
         load_weights(learner.heads(), heads)
     model = Streaming(learner, Memory(config, lanes))
-    steps = -(-len(samples) // (lanes * processes)) * processes
-
-    def batches(epoch: int) -> Iterator[list[Shot]]:
-        for row in streams(samples, lanes * processes, schedule.seed * 1009 + epoch, train=True):
-            for process in range(processes):
-                yield row[process * lanes : (process + 1) * lanes]
+    batches, steps = shown(samples, lanes, 1.0, schedule.seed)
 
     def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
         value: Tensor = net(shots)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from core.kit import InputError
 from core.pruning import Prune, coupled_groups, restore
-from core.pruning.cost import parameter_cost
+from core.pruning.cost import channel_cost, parameter_cost
 from core.pruning.importance import bn_gamma, magnitude, taylor
-from core.pruning.sensitivity import Curve, allocate, sensitivity
+from core.pruning.sensitivity import Curve, allocate, sensitivity, summed
 from tests.core.prunable import (
     NETS,
     Toy,
@@ -166,6 +166,19 @@ def test_sensitivity_spares_the_group_the_loss_depends_on() -> None:
     keeps, _ = allocate(model, groups, parameter_cost(model), 0.6, 8, curves)
     chosen = {g.name: k for g, k in zip(groups, keeps, strict=True)}
     assert chosen == {"0": 32, "2": 8}
+
+
+def test_a_global_ranking_takes_the_channels_that_matter_least_wherever_they_are() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    groups, _ = coupled_groups(model, (torch.randn(2, 8),))
+    first, second = (next(g for g in groups if g.name == name) for name in "02")
+    # 24 of the first layer's channels matter less than any of the second's, of which 8 matter less than the rest
+    ranks = [torch.tensor([1.0] * 24 + [9.0] * 8), torch.tensor([3.0] * 8 + [5.0] * 24)]
+    curves = summed([first, second], ranks, 8)
+    assert curves[0].keeps == (8, 16, 24, 32) and curves[0].rises == (24.0, 16.0, 8.0, 0.0)
+    assert curves[1].at(24) == 24.0 and curves[1].at(8) == 24.0 + 16 * 5.0
+    for ratio, kept in ((0.25, [16, 32]), (0.5, [8, 24])):
+        assert allocate(model, [first, second], channel_cost([first, second]), ratio, 8, curves) == (kept, ratio)
 
 
 def test_curve_is_linear_between_its_points() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.compress import compress
-from core.kit import Graph, Recipe
+from core.kit import Graph, InputError, Recipe
 from core.pruning import Prune, coupled_groups, shrink
 from core.pruning.cost import count_macs, mac_cost, parameter_cost
 from core.pruning.importance import magnitude
@@ -178,3 +179,34 @@ def test_a_part_of_a_model_is_pruned_where_it_stands(tmp_path: Path) -> None:
     assert macs(small.inner, inputs) / macs(model.inner, inputs) == pytest.approx(0.6, abs=0.03)  # type: ignore[arg-type]
     assert all(c["layer"].startswith("inner") for c in trace[0].changed)
     assert torch.equal(again(*inputs), small(*inputs)) and small(*inputs).shape == model(*inputs).shape
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"ratio": 1.0}, "Prune.ratio: 1.0, expected a number between 0 and 1"),
+        ({"of": "flops"}, "Prune.of: 'flops', expected one of macs"),
+        ({"allocation": "global"}, "Prune.allocation: 'global' compares layers, 'l1' cannot; use 'taylor'"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_with_the_mend(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=re.escape(told)):
+        Prune(**({"ratio": 0.5} | fields))
+
+
+def test_what_ranks_channels_comes_from_all_over_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = Toy("residual")
+    seen: list[Any] = []
+    count = len(kit.dataset(None, "train"))
+    batches = kit.batches
+
+    def noted(samples: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(samples)
+        return batches(samples, *args, **kwargs)
+
+    monkeypatch.setattr(kit, "batches", noted)
+    compress(
+        build("residual")[0], Recipe("r", (Prune(0.3, importance="taylor", batches=1, batch_size=2),), "", ""), kit
+    )
+    inputs = [sample[0][0] for sample in kit.dataset(None, "train")]
+    assert [next(i for i, x in enumerate(inputs) if torch.equal(x, mine[0][0])) for mine in seen] == [0, count // 2]

@@ -19,6 +19,9 @@ from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.distil import FollowOriginal
 from kits.bev_perception.model.detector import BEVFormer, example_inputs
+from kits.bev_perception.recipes import RECIPES
+from kits.bev_perception.together import trained
+from kits.bev_perception.training import shown
 from tests.kits.bev_models import MICRO
 from tests.kits.test_bev_lidar import Data
 
@@ -101,3 +104,25 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
 def test_zeros_cannot_be_held_where_there_are_none(samples: list[Keyframe]) -> None:
     with pytest.raises(InputError, match="put Sparsify before it"):
         followed(samples, FollowOriginal(epochs=1, hold_zeros=True))
+
+
+def test_each_process_follows_scenes_of_its_own(samples: list[Keyframe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    batches, steps = shown(samples, 1, 1.0, 0)
+    rows = list(batches(0))
+    assert len(rows) == steps == 6 and all(len(row) == 1 for row in rows)
+    mine = [[shot for (shot,) in rows[process::2]] for process in range(2)]
+    assert {s.keyframe.scene for s in mine[0]}.isdisjoint({s.keyframe.scene for s in mine[1]})
+    for lane in mine:
+        assert lane[0].before is None
+        for last, now in zip(lane, lane[1:]):
+            assert now.before in (None, last.keyframe), "a memory of its own frames, not of the other process's"
+
+
+def test_the_trainings_of_a_recipe_are_its_steps_up_to_the_last_one() -> None:
+    whole = RECIPES["whole"]
+    steps = trained(whole).steps
+    assert isinstance(steps[-1], FollowOriginal) and steps == whole.steps[: len(steps)]
+    assert not any(isinstance(step, FollowOriginal) for step in whole.steps[len(steps) :])
+    with pytest.raises(InputError, match="'mixed' trains nothing; use fitkit run bev_perception --recipe mixed"):
+        trained(RECIPES["mixed"])

@@ -88,8 +88,9 @@ def head_losses(
 
 
 def bfloat16(device: torch.device) -> torch.autocast:
-    """Convolutions in bfloat16 where the device multiplies those faster: GPUs, and CPUs with AMX."""
-    fast = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    """Convolutions in bfloat16 where the device multiplies those faster: GPUs, and CPUs with AMX or AVX512-BF16."""
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = device.type != "cpu" or bool(known.get("amx_bf16", False) or known.get("avx512_bf16", False))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
