@@ -18,6 +18,7 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 from accelerate import Accelerator
 
 from core.compress import compress
@@ -52,6 +53,7 @@ def main(words: Sequence[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if asked.resume and first.is_dir():
             shutil.copytree(first, folder)  # what it has itself may lie a step behind
+    cv2.setNumThreads(1)  # as torch has under `torch.distributed.run`
     Accelerator().wait_for_everyone()
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere if rank else sys.stderr):
         compress(

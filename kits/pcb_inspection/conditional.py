@@ -36,14 +36,21 @@ NOTHING = -20.0
 MARGIN = 0.5
 """Of the smallest difference that a defect showed on validation boards, the gate's size."""
 
+OUTLINES = (cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+
 Place = tuple[int, int]
 """Upper left corner of a crop, row and column in pixels, on the grid of COARSEST."""
 
 
 def blobs(gained: Grey, lost: Grey) -> NDArray[np.int64]:
-    """The pieces of difference (n, 5): left, top, width, height, and area in pixels."""
-    found: NDArray[np.int64] = cv2.connectedComponentsWithStats(cv2.bitwise_or(gained, lost))[2][1:].astype(np.int64)
-    return found
+    """The pieces of difference (n, 5): left, top, width, height, and the pixels that differ in that box.
+
+    Found by their outlines, which takes far less time than labelling every pixel; what lies within one is its part.
+    """
+    differs = cv2.bitwise_or(gained, lost)
+    boxes = [cv2.boundingRect(line) for line in cv2.findContours(differs, *OUTLINES)[0]]
+    found = [(x, y, w, h, cv2.countNonZero(differs[y : y + h, x : x + w])) for x, y, w, h in boxes]
+    return np.array(found, np.int64).reshape(-1, 5)
 
 
 def least_area(gained: Grey, lost: Grey, boxes: NDArray[np.float32]) -> list[int]:

@@ -60,6 +60,9 @@ def test_pieces_of_difference_are_found_on_both_sides() -> None:
     found = blobs(differing((10, 20, 5)), differing((300, 400, 7)))
     assert sorted(found.tolist()) == [[10, 20, 5, 5, 25], [300, 400, 7, 7, 49]]
     assert len(blobs(EMPTY, EMPTY)) == 0
+    ring = differing((100, 100, 40))
+    ring[110:130, 110:130] = 0
+    assert blobs(ring, differing((118, 118, 4))).tolist() == [[100, 100, 40, 40, 1600 - 400 + 16]]
 
 
 def test_the_gate_is_half_of_the_least_that_a_defect_shows() -> None:
