@@ -296,17 +296,20 @@ def test_faulty_results_files_are_refused(content: str, why: str, tmp_path: Path
         read_results(file)
 
 
-def test_likely_attributes_follow_class_and_speed() -> None:
-    names = ("car", "car", "bus", "bicycle", "pedestrian", "barrier", "truck")
+def test_likely_attributes_follow_class_speed_and_the_height_of_cycles() -> None:
+    names = ("car", "car", "bus", "bicycle", "bicycle", "motorcycle", "pedestrian", "barrier", "truck")
     boxes = Boxes.of(
-        np.zeros((7, 3)),
-        np.ones((7, 3)),
-        about_z(np.zeros(7)),
-        [[1, 0], [0.1, 0], [0, 0], [0, 3], [0, 0], [2, 0], [5, 5]],
+        np.zeros((9, 3)),
+        [[1, 1, 1.8 if n == "motorcycle" else 1] for n in names],
+        about_z(np.zeros(9)),
+        [[1, 0], [0.1, 0], [0, 0], [0, 3], [0, 0], [0, 0], [0, 0], [2, 0], [5, 5]],
         [LABELS[n] for n in names],
-        attributes=[-1, -1, -1, -1, -1, -1, ATTRIBUTE_INDEX["vehicle.parked"]],
+        attributes=[-1] * 8 + [ATTRIBUTE_INDEX["vehicle.parked"]],
     )
-    expected = ("vehicle.moving", "vehicle.parked", "vehicle.stopped", "cycle.with_rider", "pedestrian.standing", "")
+    expected = (
+        "vehicle.moving", "vehicle.parked", "vehicle.stopped", "cycle.with_rider", "cycle.without_rider",
+        "cycle.with_rider", "pedestrian.standing", "",
+    )  # fmt: skip
     indices = [ATTRIBUTE_INDEX.get(name, -1) for name in expected] + [ATTRIBUTE_INDEX["vehicle.parked"]]
     assert with_attributes(boxes).attributes.tolist() == indices
 

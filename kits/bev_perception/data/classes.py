@@ -46,19 +46,21 @@ LIDAR = "LIDAR_TOP"
 VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer")
 CYCLES = ("motorcycle", "bicycle")
 STILL = 0.2  # m/s, below which a thing is taken to stand
+RIDDEN = 1.5  # m, above which a cycle is taken to have a rider, who is a part of its box in nuScenes
 
 
-def likely_attribute(name: str, velocity: tuple[float, float]) -> str:
-    """The attribute of a detection that has none of its own, from its class and speed; "" where the class has none.
+def likely_attribute(name: str, velocity: tuple[float, float], height: float = 0.0) -> str:
+    """The attribute of a detection that has none of its own, from its class, speed and height; "" where it has none.
 
-    The rule of mmdetection3d and BEVFormer: a BEV detector predicts no attributes, and mAAE is scored on these.
+    A BEV detector predicts no attributes, and mAAE is scored on these. The rule of mmdetection3d and BEVFormer but for
+    the height: they take a cycle that stands to have no rider.
     """
     moving = math.hypot(*velocity) > STILL
     if name in VEHICLES:
         standing = "vehicle.stopped" if name == "bus" else "vehicle.parked"
         return "vehicle.moving" if moving else standing
     if name in CYCLES:
-        return "cycle.with_rider" if moving else "cycle.without_rider"
+        return "cycle.with_rider" if moving or height > RIDDEN else "cycle.without_rider"
     if name == "pedestrian":
         return "pedestrian.moving" if moving else "pedestrian.standing"
     return ""

@@ -21,10 +21,12 @@ MEND = "give the results_nusc.json of a detector: meta and results"
 
 
 def with_attributes(boxes: Boxes) -> Boxes:
-    """Boxes without an attribute given the likely one of their class and speed, as BEVFormer's own evaluation does."""
+    """Boxes without an attribute given the likely one, see `likely_attribute`."""
     filled = [
-        int(have) if have >= 0 else ATTRIBUTE_INDEX.get(likely_attribute(CLASSES[label], (vx, vy)), -1)
-        for have, label, (vx, vy) in zip(boxes.attributes, boxes.labels, np.nan_to_num(boxes.velocities))
+        int(have) if have >= 0 else ATTRIBUTE_INDEX.get(likely_attribute(CLASSES[label], (vx, vy), height), -1)
+        for have, label, (vx, vy), height in zip(
+            boxes.attributes, boxes.labels, np.nan_to_num(boxes.velocities), boxes.sizes[:, 2]
+        )
     ]
     return Boxes.of(
         boxes.centers, boxes.sizes, boxes.rotations, boxes.velocities, boxes.labels, boxes.scores, filled, boxes.num_pts
