@@ -32,13 +32,13 @@ LEAST = Prune(0.6, importance="taylor", allocation="global", batches=16, batch_s
 FOLLOWED = tuple(
     step
     for index, prune in enumerate(prune_steps(0.6, like=LEAST))
-    for step in (prune, FollowOriginal(epochs=1, lr=3e-4, share=0.2, seed=index))
+    for step in (prune, FollowOriginal(epochs=1, lr=4e-4, share=0.25, seed=index))
 )
 """Backbone, feed-forward, values, heads: a distillation after each."""
 LONGER = FollowOriginal(epochs=2, lr=5e-4)
 SPARSE = (DepthStem(), Sparsify())
 """The stem rewritten so that it can, the smaller half of the weights gone."""
-AROUND = FollowOriginal(epochs=3, lr=6e-4, ema=0.995, hold_zeros=True)
+AROUND = FollowOriginal(epochs=7, lr=6e-4, ema=0.998, hold_zeros=True)
 """One long distillation around the zeros: training in two legs learns twice what it forgets between."""
 
 RECIPES = {

@@ -259,7 +259,9 @@ class PcbInspection:
         }
         figures = Figures(Figure(name, value, "%", basis, "compressed") for name, value in known.items())
         tables = line.tables(stood, repeated)
-        fitting = [pair for pair in chosen if max(image_size(pair.test)) <= TILE]
+        # on few boards a single defect is more than the tenth of a point that the gate allows
+        gated_on = samples if preset == "full" else chosen
+        fitting = [pair for pair in gated_on if max(image_size(pair.test)) <= TILE]
         if "gate" in artifact.meta and origin is not None and fitting:
             studied = gates.study(artifact, origin.variant, 2, fitting)
             tables += gates.tables(studied, gates.by_density(artifact, origin.variant, 2, fitting), artifact)
