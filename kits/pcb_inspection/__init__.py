@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.compress import compress, history, replay
 from core.evaluation.measure import device, runtime_title
 from core.export import RUNTIMES, export
-from core.export.artifact import origin_of
+from core.export.artifact import Origin, origin_of
 from core.figures import Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
@@ -26,6 +26,7 @@ from core.weights import load_weights, save_weights
 from kits.pcb_inspection import drift, gates, line, training
 from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
+from kits.pcb_inspection.agreement import agreement
 from kits.pcb_inspection.card import FROZEN, board_groups, write_card
 from kits.pcb_inspection.conditional import gate_on
 from kits.pcb_inspection.data.augment import prepare
@@ -259,9 +260,14 @@ class PcbInspection:
         }
         figures = Figures(Figure(name, value, "%", basis, "compressed") for name, value in known.items())
         tables = line.tables(stood, repeated)
-        # on few boards a single defect is more than the tenth of a point that the gate allows
-        gated_on = samples if preset == "full" else chosen
-        fitting = [pair for pair in gated_on if max(image_size(pair.test)) <= TILE]
+        # of few boards a single defect is more than the tenth of a point that the gates allow
+        judged = samples if preset == "full" else chosen
+        if origin is not None and (other := _in_other_runtime(origin)) is not None:
+            agreed = agreement(compressed, other[1], judged, artifact.meta["threshold"])
+            both = f"{software} and {runtime_title(origin.artifact, other[0], origin.threads)}"
+            alike = Measured(device(), both, agreed.of, None, artifact.sha256)
+            figures |= Figures([Figure("runtime_agreement", agreed.share, "%", alike, "compressed")])
+        fitting = [pair for pair in judged if max(image_size(pair.test)) <= TILE]
         if "gate" in artifact.meta and origin is not None and fitting:
             studied = gates.study(artifact, origin.variant, 2, fitting)
             tables += gates.tables(studied, gates.by_density(artifact, origin.variant, 2, fitting), artifact)
@@ -273,6 +279,14 @@ class PcbInspection:
     def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Four boards with what was found, missed and called falsely."""
         return sheet(module, samples, meta["threshold"])
+
+
+def _in_other_runtime(origin: Origin) -> tuple[str, nn.Module] | None:
+    """The same network in the artifact's other runtime, with the name of its variant; None where there is no other."""
+    artifact, variant = origin.artifact, origin.variant
+    precision = variant.partition("-")[0]
+    others = [name for name in artifact.variants if name.partition("-")[0] == precision and name != variant]
+    return (others[0], artifact.as_module(others[0], origin.threads)) if others else None
 
 
 def _teacher(weights: Path | None) -> training.Teacher | None:

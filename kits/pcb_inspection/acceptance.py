@@ -53,6 +53,7 @@ GATES: tuple[Gate, ...] = (
     Gate("recall of defects of 0.5 mm or more", "recall_half_mm", ">= 99.6", "%"),
     Gate("parameters", "parameters", "<= 2.8e6"),
     Gate("INT8 loss of mAP@0.33", "accuracy_loss", "<= 0.5", "points"),
+    Gate("the same detections in both runtimes", "runtime_agreement", ">= 99.9", "%"),
     Gate("loss by conditional compute", "gated_official_ap_loss", "<= 0.1", "points"),
     Gate("speed end to end", "fps", ">= 38", "1/s", device="this-host"),
     Gate("speed against YOLOv8n FP32", "speedup_yolov8n", ">= 3.2", "x", device="this-host"),
