@@ -1,0 +1,121 @@
+"""How long a large scan takes: registration, network, suppression and seams, tile by tile; always dense and gated.
+
+    python benchmarks/pcb_scan.py --out DIR [--data DIR] [--side 16384] [--rounds 3]
+
+Setup: boards of the report split laid side by side up to a scan of --side pixels, test and template alike, and a second
+scan without defects, whose test is its template; the detector INT8 in OpenVINO on two threads, once always dense and
+once with the frozen gate, in turns. Decoding the files is not counted. The peak is that of the whole process, both
+images and the runtime included, in a process of its own for each way. Leaves `scan.json` in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.evaluation.measure import device, runtime_title
+from core.evaluation.memory import resident
+from core.export import Artifact, export
+from core.figures import today
+from core.files import write_text
+from kits.pcb_inspection import KIT
+from kits.pcb_inspection.conditional import conditional, gate_on
+from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.model.inspector import inspect, tile_count
+from kits.pcb_inspection.model.pair import Grey
+
+THREADS = 2
+VARIANT = "int8-openvino"
+WAYS = ("dense", "gated")
+
+
+def laid_out(pairs: Sequence[Pair], side: int) -> tuple[Grey, Grey, int]:
+    """(test, template, defects) of boards side by side, cut off at `side` pixels."""
+    test, template = np.full((side, side), 255, np.uint8), np.full((side, side), 255, np.uint8)
+    step = max(max(image.shape) for pair in pairs for image in pair.load())
+    number = defects = 0
+    for top in range(0, side, step):
+        for left in range(0, side, step):
+            pair = pairs[number % len(pairs)]
+            here = np.s_[top : top + step, left : left + step]
+            for whole, image in zip((test, template), pair.load()):
+                room = whole[here]
+                height, width = (min(a, b) for a, b in zip(room.shape, image.shape))
+                room[:height, :width] = image[:height, :width]
+            defects += sum(left + box[2] <= side and top + box[3] <= side for box in pair.boxes)
+            number += 1
+    return test, template, defects
+
+
+def timed(artifact: Artifact, way: str, scan: tuple[Grey, Grey], rounds: int) -> dict[str, Any]:
+    """Seconds of every round, and what was found."""
+    module = conditional(artifact, VARIANT, THREADS) if way == "gated" else artifact.as_module(VARIANT, THREADS)
+    threshold, seconds, found = float(artifact.meta["threshold"]), [], 0
+    for _ in range(rounds):
+        began = time.perf_counter()
+        detections = inspect(module, *scan).detections
+        seconds.append(round(time.perf_counter() - began, 2))
+        found = int((detections[:, 4] >= threshold).sum())
+    return {"seconds": seconds, "detections": found}
+
+
+def peak(given: argparse.Namespace, way: str) -> float:
+    """MB of a process of its own that inspects the scan once."""
+    words = [sys.executable, __file__, "--out", str(given.out), "--side", str(given.side), "--only", way]
+    ran = subprocess.run(words + (["--data", str(given.data)] if given.data else []), capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(ran.stderr)
+    return float(json.loads(ran.stdout.splitlines()[-1])["peak"])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--data", type=Path)
+    options.add_argument("--side", type=int, default=16384)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    pairs = KIT.dataset(given.data, KIT.report_split(given.data), "full")
+    folder = given.out / "artifact"
+    if given.only:
+        artifact = Artifact.open(folder)
+        scan = laid_out(pairs, given.side)[:2]
+        timed(artifact, given.only, scan, 1)
+        print(json.dumps({"peak": resident("VmHWM")}))
+        return
+    models, meta = KIT.shipped()
+    if "gate" not in meta:
+        meta = {**meta, "gate": gate_on(KIT.dataset(given.data, "val", "full"))}
+    artifact = export(models, KIT.exports(), KIT.default_target, folder, kit=KIT.name, meta=meta)
+    test, template, defects = laid_out(pairs, given.side)
+    scans = {"as dense as the boards": (test, template), "without defects": (template, template)}
+    rows = []
+    for name, scan in scans.items():
+        found = {way: timed(artifact, way, scan, given.rounds) for way in WAYS}
+        rows.append({"scan": name, "defects": defects if scan[0] is test else 0, "ways": found})
+        print(name, found, flush=True)
+    report = {
+        "what": f"{given.side} x {given.side} px, {tile_count(given.side, given.side)} tiles, {len(pairs)} boards",
+        "data": "the folder given" if given.data else "the kit's own boards",
+        "scans": rows,
+        "peak_mb": {way: round(peak(given, way)) for way in WAYS},
+        "device": device(),
+        "software": runtime_title(artifact, VARIANT, THREADS),
+        "date": today(),
+    }
+    write_text(given.out / "scan.json", json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
