@@ -98,14 +98,18 @@ def _dense(head: Proposals, name: str) -> list[Group]:
     ]
 
 
-def prune_steps(ratio: float = 0.6, dense: bool = True, like: Prune | None = None) -> tuple[Prune, ...]:
+def prune_steps(
+    ratio: float | tuple[float, float, float, float] = 0.6, dense: bool = True, like: Prune | None = None
+) -> tuple[Prune, ...]:
     """The steps in the order of the notes: backbone and neck, feed-forward, values, heads; a distillation fits between.
 
-    Each takes `ratio` of the output channels of the layers of its own parts. `like` gives the other fields.
+    Each takes `ratio`, or one of the four, of the output channels of the layers of its own parts. `like` gives the
+    other fields.
     """
-    basis = replace(like, ratio=ratio, of="outputs") if like is not None else Prune(ratio, of="outputs")
-    heads = HEADS + (DENSE if dense else ())
-    return tuple(replace(basis, parts=parts) for parts in (BACKBONE, FEED_FORWARD, VALUES, heads))
+    ratios = ratio if isinstance(ratio, tuple) else (ratio,) * 4
+    basis = replace(like, of="outputs") if like is not None else Prune(ratios[0], of="outputs")
+    parts = (BACKBONE, FEED_FORWARD, VALUES, HEADS + (DENSE if dense else ()))
+    return tuple(replace(basis, ratio=share, parts=part) for share, part in zip(ratios, parts))
 
 
 def channels_removed(trace: Trace) -> tuple[int, int]:
