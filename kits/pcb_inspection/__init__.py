@@ -24,7 +24,7 @@ from core.kit import Graph, InputError, Kit, Recipe
 from core.search import Task
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import drift, gates, line, training
-from kits.pcb_inspection.acceptance import GATES, freeze_threshold, write_predictions
+from kits.pcb_inspection.acceptance import GATES, freeze_shift, freeze_threshold, shifted, write_predictions
 from kits.pcb_inspection.acceptance import score as score_predictions
 from kits.pcb_inspection.agreement import agreement
 from kits.pcb_inspection.card import FROZEN, board_groups, write_card
@@ -35,7 +35,7 @@ from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.design import design_beside
-from kits.pcb_inspection.model.inspector import TILE, input_side, inspect
+from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, shift_of
 from kits.pcb_inspection.model.network import PairDetector
 from kits.pcb_inspection.predict import add_arguments, predict
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
@@ -114,16 +114,16 @@ class PcbInspection:
         return "test" if data is None or has_test_list(data) else "holdout"
 
     def freeze(self, module: nn.Module, data: Path | None, preset: str) -> dict[str, Any]:
-        """The threshold, frozen on the validation boards; where a folder has none, the shipped one stays."""
+        """The threshold and where boxes lie, frozen on the validation boards; where a folder has none, what ships."""
         try:
             pairs = self.dataset(data, "val", preset)
         except InputError:
             return self.shipped()[1]
-        threshold = freeze_threshold(
-            detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs}
-        )
+        found, truths = detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs}
+        more, already = freeze_shift(found, truths), shift_of(module)
         return {
-            "threshold": threshold,
+            "threshold": freeze_threshold(shifted(found, more), truths),
+            "shift": [round(a + b, 2) for a, b in zip(already, more)],
             "frozen_on": f"{len(pairs)} validation boards",
             "drift": drift.reference(pairs),
             "gate": gate_on(pairs),

@@ -93,6 +93,9 @@ def inspect(
     detections = np.concatenate([*sure, joined])
     if len(registrations) > 1:
         detections = detections[suppress(detections[:, :4], detections[:, 4], IOU)]
+    if any(shift := shift_of(module)):
+        sides = np.array((width, height) * 2, np.float32)
+        detections[:, :4] = (detections[:, :4] + np.array(shift * 2, np.float32)).clip(0, sides)
     return Inspection(detections, tuple(registrations))
 
 
@@ -103,6 +106,13 @@ def input_side(module: nn.Module) -> int:
         return int(origin.artifact.graphs["detector"]["inputs"][0]["example"][-1])
     design = getattr(module, "design", None)
     return design.size if isinstance(design, Design) else TILE
+
+
+def shift_of(module: nn.Module) -> tuple[float, float]:
+    """Pixels (x, y) by which an artifact's boxes are moved: frozen on validation boards, see `freeze_shift`."""
+    origin = origin_of(module)
+    x, y = origin.artifact.meta.get("shift", (0.0, 0.0)) if origin is not None else (0.0, 0.0)
+    return float(x), float(y)
 
 
 def tile_count(height: int, width: int, scale: float = 1.0) -> int:
