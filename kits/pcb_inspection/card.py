@@ -65,7 +65,9 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
         f"- **Licence of the data**: {licence}",
         f"- **Seed** {about['seed']}, **command** `{about['command']}`, **time** {about['seconds'] / 60:.0f} minutes on"
         f" {about['device']} (other work ran beside it), {card['date']}.",
-        f"- **Threshold** {card['threshold']:.4f}, frozen on the validation pairs with the exported INT8 network.", "",
+        f"- **Threshold** {card['threshold']:.4f}, frozen on the validation pairs with the exported INT8 network.",
+        f"- **Boxes** are moved by {card.get('shift', (0, 0))} pixels (x, y): from where they are found to where the"
+        " annotators drew them, the median on the validation pairs.", "",
         f"Scores on the {sizes['holdout']} held-out pairs, each exported file in its own runtime:", "",
         "| metric | " + " | ".join(scores) + " |", "| --- |" + " --- |" * len(scores), *rows, "",
         "Limits: binary images at 48 px/mm, templates within 16 px of the board, the six defects of DeepPCB. Its"
