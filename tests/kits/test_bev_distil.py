@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,3 +130,24 @@ def test_the_trainings_of_a_recipe_are_its_steps_up_to_the_last_one() -> None:
     assert not any(isinstance(step, FollowOriginal) for step in whole.steps[len(steps) :])
     with pytest.raises(InputError, match="'mixed' trains nothing; use fitkit run bev_perception --recipe mixed"):
         trained(RECIPES["mixed"])
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_steps_of_a_recipe_and_resume_them(tmp_path: Path) -> None:
+    """The shipped detector on the smallest set: what a run of the same recipe goes on from."""
+    words = ["--nproc_per_node", "2", "-m", "kits.bev_perception.together", "--recipe", "sparse", "--preset", "smoke",
+             "--out", str(tmp_path)]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    ran = subprocess.run(launch, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    steps = sorted(file.parent.name for file in (tmp_path / "steps").glob("*/step.json"))
+    assert steps == ["00-depthstem", "01-sparsify", "02-followoriginal"] and not (tmp_path / "steps.1").exists()
+    record = tmp_path / "steps" / steps[-1] / "step.json"
+    told = json.loads(record.read_text())["trace"]["changed"][0]["what"]
+    assert "trained on 24 frames" in told and "stayed 2:4 sparse" in told
+    written = record.stat().st_mtime_ns
+    again = subprocess.run([*launch, "--resume"], env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and record.stat().st_mtime_ns == written, "a finished step is not done again"
+    weights = load_file(tmp_path / "steps" / steps[-1] / "model.safetensors")
+    assert check_pattern(weights["img_backbone.layer1.0.conv1.weight"], 2, 4)
