@@ -1,7 +1,8 @@
 """The step that brings a pruned detector back: trained along streams, towards what the original sees.
 
 The object queries of two detectors come in no common order, so what is compared is what lies before them: the neck's
-features, how far away every pixel is, the BEV where something stands, and what every cell of the dense head says.
+features, how far away every pixel is, the BEV where something stands, and what every cell of the dense head says. What
+the decoders answer is compared on the original's queries, which the trained one is asked as well.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from core.train import Schedule, fit
 from core.weights import load_weights, save_weights
 from kits.bev_perception.data.streams import Shot
 from kits.bev_perception.lidar import foreground
-from kits.bev_perception.model.detector import BEVFormer
+from kits.bev_perception.model.detector import BEVFormer, Predictions
 from kits.bev_perception.model.learner import Learner, distances_in_bfloat16, features_in_bfloat16
+from kits.bev_perception.model.loss import BOX_WEIGHT, CLASS_WEIGHT
 from kits.bev_perception.training import HEADS, LANES, Memory, learner_of, shown
 
 
 @dataclass(frozen=True)
 class FollowOriginal(Step):
-    """Train as the original was, and towards its neck, distances, BEV and dense head, by these weights.
+    """Train as the original was, and towards its neck, distances, BEV, dense head and answers, by these weights.
 
     An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so.
     """
@@ -41,6 +43,7 @@ class FollowOriginal(Step):
     far: float = 1.0
     bev: float = 1.0
     heat: float = 20.0
+    answers: float = 0.0
     ema: float = 0.99
     share: float = 1.0
     hold_zeros: bool = False
@@ -76,6 +79,8 @@ class _Following(nn.Module):
                 view.camera_mask, shape, distances,
             )  # fmt: skip
             dense = head.dense(bev)
+            queries = head.queries(bev, dense) if self.step.answers else None
+            answers = head.decode(bev, queries) if queries is not None else None
         self.theirs.keep(bev)
         step, total = self.step, found.total
         # by the size of what is to be met, so that the weight means the same for every original
@@ -87,7 +92,22 @@ class _Following(nn.Module):
             total = total + step.far * softened_kl(found.distances, distances, 1.0, dim=2)
         if found.dense is not None and dense is not None:
             total = total + step.heat * softened_binary_kl(found.dense.logits, dense.logits, 1.0)
+        if queries is not None and answers is not None:
+            ours_too = self.learner.detector.pts_bbox_head.decode(found.bev, queries)
+            total = total + step.answers * answers_apart(ours_too, answers, head.code_weights)
         return total
+
+
+def answers_apart(ours: Predictions, theirs: Predictions, code_weights: Tensor) -> Tensor:
+    """How far answers to the same queries are apart, of all layers: what stands there, and where it is sure, which box.
+
+    Each is the sum over the queries for one that is sure, as the matched loss counts its truths.
+    """
+    sure = theirs.cls_scores.sigmoid().amax(-1, keepdim=True)
+    count = sure.sum().clamp(min=1.0) / len(sure)
+    classes = softened_binary_kl(ours.cls_scores, theirs.cls_scores, 1.0) * ours.cls_scores.numel()
+    boxes = (sure * (ours.bbox_preds - theirs.bbox_preds).abs() * code_weights).sum()
+    return (CLASS_WEIGHT * classes + BOX_WEIGHT * boxes) / count
 
 
 @handles(FollowOriginal)

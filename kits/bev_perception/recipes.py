@@ -40,7 +40,7 @@ FOLLOWED = tuple(
 LONGER = FollowOriginal(epochs=2, lr=5e-4)
 SPARSE = (DepthStem(), Sparsify())
 """The stem rewritten so that it can, the smaller half of the weights gone."""
-AROUND = FollowOriginal(epochs=6, lr=6e-4, ema=0.998, hold_zeros=True)
+AROUND = FollowOriginal(epochs=6, lr=6e-4, answers=1.0, ema=0.998, hold_zeros=True)
 """One long distillation around the zeros: training in two legs learns twice what it forgets between."""
 
 RECIPES = {

@@ -21,8 +21,9 @@ from core.pruning import Sparsify, check_pattern
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.world import generate_world
-from kits.bev_perception.distil import FollowOriginal
-from kits.bev_perception.model.detector import BEVFormer, example_inputs
+from kits.bev_perception.distil import FollowOriginal, answers_apart
+from kits.bev_perception.model.detector import BEVFormer, Predictions, example_inputs
+from kits.bev_perception.model.loss import BOX_WEIGHT
 from kits.bev_perception.recipes import RECIPES
 from kits.bev_perception.together import trained
 from kits.bev_perception.training import shown
@@ -151,3 +152,34 @@ def test_two_processes_leave_the_steps_of_a_recipe_and_resume_them(tmp_path: Pat
     assert again.returncode == 0 and record.stat().st_mtime_ns == written, "a finished step is not done again"
     weights = load_file(tmp_path / "steps" / steps[-1] / "model.safetensors")
     assert check_pattern(weights["img_backbone.layer1.0.conv1.weight"], 2, 4)
+
+
+def test_answers_are_apart_by_what_is_sure() -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.full((2, 1, 3, 4), -9.0), torch.zeros(2, 1, 3, 10)
+    logits[:, :, 0, 1] = 9.0  # of three queries one sees something
+    weights = torch.ones(10)
+    theirs = Predictions(logits, boxes)
+    assert float(answers_apart(theirs, theirs, weights)) == pytest.approx(0, abs=1e-5)
+    moved, elsewhere = boxes.clone(), boxes.clone()
+    moved[:, :, 0, 0], elsewhere[:, :, 1, 0] = 2.0, 2.0
+    seen = float(answers_apart(Predictions(logits, moved), theirs, weights))
+    assert seen == pytest.approx(2 * 2.0 * BOX_WEIGHT, rel=1e-2), "two layers, two metres"
+    assert float(answers_apart(Predictions(logits, elsewhere), theirs, weights)) < 0.01 * seen
+    assert float(answers_apart(Predictions(-logits, boxes), theirs, weights)) > 10
+
+
+def test_answers_to_the_originals_queries_are_learnt(samples: list[Keyframe]) -> None:
+    torch.manual_seed(0)
+    original = BEVFormer(CONFIG).eval()
+    head = original.pts_bbox_head
+    bev = torch.randn(1, CONFIG.bev_h * CONFIG.bev_w, CONFIG.embed_dims)
+    queries = head.queries(bev)
+
+    def apart(model: Any) -> float:
+        with torch.no_grad():
+            theirs, ours = head.decode(bev, queries), model.pts_bbox_head.decode(bev, queries)
+            return float(answers_apart(ours, theirs, head.code_weights))
+
+    free, held = (followed(samples, FollowOriginal(epochs=2, lr=1e-2, answers=a))[0] for a in (0.0, 5.0))
+    assert 0 < apart(held) < 0.7 * apart(free)
