@@ -157,7 +157,7 @@ class CameraAttention(_Sampling):
             counts = weights[:, :, level].reshape(B * H, Q, K * P)
             if far is not None and level == 0:
                 depth = views.depth[:, None, :, :, None].expand(tall.shape[:-1])
-                pixels = torch.stack(((tall[..., 0] + 1) * (w / 2), tall[..., 1]), -1)
+                pixels = tall * tall.new_tensor((w / 2, 1.0)) + tall.new_tensor((w / 2, 0.0))
                 likely = weigh(far.picture, pixels.reshape(B, -1, 2), depth.reshape(B, -1), far.bins, (N, h, w))
                 counts = counts * likely.view_as(counts)
             maps = value[:, :, start : start + h * w].reshape(B, N, h, w, H, d).permute(0, 4, 5, 1, 2, 3)
@@ -174,9 +174,11 @@ def _tall(places: Tensor, cameras: Tensor, count: int, h: int, w: int) -> Tensor
 
     Half a cell outside of an image there is nothing to see any more, so nothing is lost where places are clamped.
     """
-    x = (places[..., 0] * w).clamp(-0.5, w + 0.5)
-    y = (places[..., 1] * h).clamp(-0.5, h + 0.5) + (cameras * (h + 1)).to(places.dtype)[:, :, None, :, None, None]
-    return torch.stack((x * (2 / w) - 1, y * (2 / (count * (h + 1))) - 1), -1)
+    # x and y stay side by side throughout: taken apart and put together again they cost as much as the sampling
+    size = places.new_tensor((w, h))
+    inside = (places * size).clamp(min=-0.5).minimum(size + 0.5)
+    above = (cameras * (h + 1)).to(places.dtype)[..., None] * places.new_tensor((0.0, 1.0))
+    return (inside + above[:, :, None, :, None, None]) * places.new_tensor((2 / w, 2 / (count * (h + 1)))) - 1
 
 
 class SpatialCrossAttention(nn.Module):

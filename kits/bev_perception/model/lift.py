@@ -132,7 +132,9 @@ def weigh(picture: Tensor, places: Tensor, depth: Tensor, bins: int, shape: tupl
     place = bin_of(depth, bins)
     low = place.floor().clamp(max=bins - 2)
     share = place - low
-    x = places[..., 0] + low * (w + 1)
-    grid = torch.stack((torch.stack((x, x + (w + 1)), -1) * (2 / wide) - 1, places[..., 1:].expand(-1, -1, 2)), -1)
+    right = places.new_tensor((w + 1.0, 0.0))  # from a bin to the next, where x alone moves
+    scale, start = places.new_tensor((2 / wide, 1.0)), places.new_tensor((-1.0, 0.0))
+    nearer = places + low[..., None] * right
+    grid = torch.stack((nearer, nearer + right), 1) * scale + start
     found = F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
-    return found[..., 0] * (1 - share) + found[..., 1] * share
+    return found[:, 0] * (1 - share) + found[:, 1] * share
