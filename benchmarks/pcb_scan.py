@@ -50,7 +50,7 @@ def laid_out(pairs: Sequence[Pair], side: int) -> tuple[Grey, Grey, int]:
                 room = whole[here]
                 height, width = (min(a, b) for a, b in zip(room.shape, image.shape))
                 room[:height, :width] = image[:height, :width]
-            defects += sum(left + box[2] <= side and top + box[3] <= side for box in pair.boxes)
+            defects += int(sum(left + box[2] <= side and top + box[3] <= side for box in pair.boxes))
             number += 1
     return test, template, defects
 
