@@ -139,6 +139,8 @@ class PcbInspection:
         self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         found = detect(module, samples, "inspecting")
+        if origin_of(module) is None:  # an artifact moves its boxes itself
+            found = shifted(found, meta.get("shift", (0.0, 0.0)))
         clean = detect(module, clean_boards(samples), "inspecting good boards")
         truths = {p.image_id: (p.boxes, p.labels) for p in samples}
         return score_predictions(found, truths, meta["threshold"], {p.image_id: p.group for p in samples}, clean), found
