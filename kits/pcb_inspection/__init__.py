@@ -273,7 +273,7 @@ class PcbInspection:
         if "gate" in artifact.meta and origin is not None and fitting:
             studied = gates.study(artifact, origin.variant, 2, fitting)
             tables += gates.tables(studied, gates.by_density(artifact, origin.variant, 2, fitting), artifact)
-            gated, dense = (studied[name].metrics for name in ("difference gate", "always dense"))
+            gated, dense = (studied[name].metrics for name in ("crops however many", "always dense"))
             lost = {f"gated_{name}_loss": dense[name] - gated[name] for name in ("official_ap", "recall_right")}
             figures |= Figures(Figure(name, value, "points", basis, "compressed") for name, value in lost.items())
         return figures, tables

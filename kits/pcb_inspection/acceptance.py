@@ -133,8 +133,8 @@ def match_official(predictions: Predictions, truths: Truths) -> Matching:
 def freeze_shift(predictions: Predictions, truths: Truths) -> tuple[float, float]:
     """Pixels (x, y) to move boxes by so that they lie as the annotators' do, chosen on validation data.
 
-    The median from the boxes of found defects to the true ones, (0, 0) where fewer than SHIFTED were found. Annotators
-    round to pixels in one direction, and pictures that are mirrored in training hide that from the network.
+    The median from the boxes of found defects to the true ones, (0, 0) where fewer than SHIFTED were found. Presumably
+    annotators round to pixels in one direction, which pictures that are mirrored in training hide from the network.
     """
     moves = []
     for image, (boxes, labels) in truths.items():
