@@ -229,7 +229,7 @@ def test_the_study_holds_the_gate_against_the_others(artifact: Artifact, pairs: 
     assert [row[0] for row in densities] == list(gates.DENSITIES)
     assert densities[0][1] < densities[-1][1] and densities[0][2] < densities[0][3], "a good board costs less gated"
     tables: list[dict[str, Any]] = gates.tables(studied, densities, artifact)
-    assert [len(row) == len(t["columns"]) for t in tables for row in t["rows"]] == [True] * 10
+    assert [len(row) == len(t["columns"]) for t in tables for row in t["rows"]] == [True] * 11
 
 
 def test_a_smaller_tile_is_given_the_whole_board(pairs: list[Pair]) -> None:
