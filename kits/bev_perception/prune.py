@@ -33,7 +33,8 @@ from kits.bev_perception.model.proposals import FINE, Proposals
 BACKBONE = ("img_backbone > img_neck",)
 FEED_FORWARD = ("*.ffns.0",)
 VALUES = ("*.layers.*.attentions.*",)
-HEADS = ("*.cls_branches.*", "*.reg_branches.*", "*.can_bus_mlp")
+REGRESSION = ("*.reg_branches.*",)
+HEADS = ("*.cls_branches.*", "*.can_bus_mlp")
 DENSE = ("*.proposals", "*.fusion", "*.distances")
 """What `nano` has and the published models have not."""
 
@@ -99,17 +100,20 @@ def _dense(head: Proposals, name: str) -> list[Group]:
 
 
 def prune_steps(
-    ratio: float | tuple[float, float, float, float] = 0.6, dense: bool = True, like: Prune | None = None
+    ratio: float | tuple[float, float, float, float, float] = 0.6, dense: bool = True, like: Prune | None = None
 ) -> tuple[Prune, ...]:
     """The steps in the order of the notes: backbone and neck, feed-forward, values, heads; a distillation fits between.
 
-    Each takes `ratio`, or one of the four, of the output channels of the layers of its own parts. `like` gives the
-    other fields.
+    Each takes `ratio`, or one of the five, of the output channels of the layers of its own parts. `like` gives the
+    other fields. The heads are two: what regresses boxes loses equally in every layer, see below, then the rest.
     """
-    ratios = ratio if isinstance(ratio, tuple) else (ratio,) * 4
+    ratios = ratio if isinstance(ratio, tuple) else (ratio,) * 5
     basis = replace(like, of="outputs") if like is not None else Prune(ratios[0], of="outputs")
-    parts = (BACKBONE, FEED_FORWARD, VALUES, HEADS + (DENSE if dense else ()))
-    return tuple(replace(basis, ratio=share, parts=part) for share, part in zip(ratios, parts))
+    parts = (BACKBONE, FEED_FORWARD, VALUES, REGRESSION, HEADS + (DENSE if dense else ()))
+    steps = tuple(replace(basis, ratio=share, parts=part) for share, part in zip(ratios, parts))
+    # the loss of a trained detector hardly has a slope in them: a ranking over all layers leaves 8 channels, with which
+    # the last decoder layer scored less than the first
+    return tuple(replace(s, allocation="uniform") if s.parts == REGRESSION else s for s in steps)
 
 
 def channels_removed(trace: Trace) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.export import Artifact, reshaped
+from core.export.artifact import Origin
 from core.kit import InputError
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.model.design import COARSEST
@@ -162,6 +163,14 @@ class Conditional(nn.Module):
             for place, *answer in zip(part, *self._crops[size](batch)):
                 self._paste(place, side, answer, (logits, distances))
         return logits, distances
+
+    def alone(self) -> Conditional:
+        """The same on one thread, of an artifact; it counts ways of its own."""
+        origin: Origin = self.origin
+        dense = origin.artifact.as_module(origin.variant, 1)
+        return Conditional(
+            dense, crop_modules(origin.artifact, origin.variant, 1), self.area, self.crossover, self._gate
+        )  # fmt: skip
 
     def _paste(self, place: Place, side: int, answer: Sequence[Tensor], into: tuple[Tensor, Tensor]) -> None:
         (top, bottom), (left, right) = (_inner(start, side) for start in place)

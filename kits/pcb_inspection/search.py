@@ -54,9 +54,9 @@ CHOICES = {
 """The last values make the largest network, which holds all others' weights."""
 WIDTHS, STAGES = ("width4", "width8", "width16", "width32"), (8, 16, 32)
 PHASES = {
-    "full": (("largest", (), 8), ("size", ("size", "deepest", "kernel8", "kernel16", "kernel32"), 6),
-             ("depth", tuple(n for n in CHOICES if not n.startswith("width") and n not in ("expand", "head")), 6),
-             ("all", tuple(CHOICES), 20)),
+    "full": (("largest", (), 6), ("size", ("size", "deepest", "kernel8", "kernel16", "kernel32"), 4),
+             ("depth", tuple(n for n in CHOICES if not n.startswith("width") and n not in ("expand", "head")), 4),
+             ("all", tuple(CHOICES), 14)),
     "smoke": (("largest", (), 1), ("all", tuple(CHOICES), 1)),
 }  # fmt: skip
 """Progressive shrinking: what is free, phase by phase, and epochs."""
@@ -148,7 +148,7 @@ class Supernet(PairDetector):
 def path_loss(net: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The loss of the path that a supernet is set to, at its resolution."""
     assert isinstance(net, PairDetector)
-    return training.loss(net, resized(batch, net.design.size))
+    return training.fast_loss(net, resized(batch, net.design.size))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.evaluation.detection import mean_average_precision
-from core.train import Fit, Schedule, fit
+from core.train import Fit, Schedule, bfloat16, fit
 from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, drawn
 from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.model.decode import decode
@@ -69,7 +69,7 @@ def train_detector(
     trained = fit(
         model,
         batches,
-        loss,
+        fast_loss,
         schedule,
         steps_per_epoch=steps,
         folder=folder,
@@ -117,7 +117,18 @@ def collate(planes: list[np.ndarray], truths: list[tuple[np.ndarray, np.ndarray]
 
 def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The training loss of a batch, a scalar."""
-    logits, distances = model(batch["images"])
+    return _lost(*model(batch["images"]), batch)
+
+
+def fast_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The same with the network as in `core.train.bfloat16`: for trainings of its own, not for quantized ones."""
+    images = batch["images"]
+    with bfloat16(images.device):
+        logits, distances = model(images)
+    return _lost(logits.float(), distances.float(), batch)
+
+
+def _lost(logits: Tensor, distances: Tensor, batch: dict[str, Any]) -> Tensor:
     found = detection_loss(logits, distances, batch["truths"])
     return found + TAUGHT * response_loss(logits, batch["taught"]) if "taught" in batch else found
 

@@ -121,7 +121,7 @@ def test_sixty_percent_of_the_channels_go_and_what_has_a_meaning_stays(pruned: P
 def test_steps_follow_the_order_of_the_notes_and_count_what_they_say(pruned: Pruned) -> None:
     model, small, trace, _ = pruned
     assert [e.step.parts for e in trace] == [  # type: ignore[attr-defined]
-        prune.BACKBONE, prune.FEED_FORWARD, prune.VALUES, (*prune.HEADS, *prune.DENSE),
+        prune.BACKBONE, prune.FEED_FORWARD, prune.VALUES, prune.REGRESSION, (*prune.HEADS, *prune.DENSE),
     ]  # fmt: skip
     ffns = trace[1].changed[0]["outputs"]
     layers = [m for n, m in model.named_modules() if n.endswith("ffns.0.layers.0.0")]

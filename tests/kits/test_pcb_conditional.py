@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.export import Artifact, export, reshaped
 from core.kit import InputError
@@ -238,3 +238,33 @@ def test_a_smaller_tile_is_given_the_whole_board(pairs: list[Pair]) -> None:
     assert whole.shape == (1, 4, 640, 640) and small.shape == (1, 4, 512, 512)
     copper = [float((planes[0, 1] == 0).float().mean()) for planes in (whole, small)]
     assert copper[0] == pytest.approx(copper[1], abs=0.01)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_looked_at_side_by_side_give_what_they_give_one_by_one(
+    artifact: Artifact, pairs: list[Pair], gated: bool
+) -> None:
+    test, template = (np.tile(image, (4, 4)) for image in pairs[0].load())
+    assert len(pairs[0].boxes)
+
+    def module(threads: int) -> nn.Module:
+        return (conditional if gated else Artifact.as_module)(artifact, "int8-openvino", threads)
+
+    seen: list[int] = []
+    one, two = (inspect(module(n), test, template, on_tile=lambda: seen.append(1)) for n in (1, 2))
+    assert len(seen) == 2 * len(one.registrations) >= 2 * 16
+    assert one.registrations == two.registrations
+    np.testing.assert_allclose(two.detections, one.detections, atol=1e-3)
+    assert len(one.detections) >= 16
+
+
+def test_a_network_that_fails_on_a_thread_says_so(artifact: Artifact, pairs: list[Pair]) -> None:
+    class Broken(nn.Module):
+        def forward(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+            raise RuntimeError("no more memory")
+
+    module = artifact.as_module("int8-openvino", 2)
+    module.alone = Broken  # type: ignore[assignment]
+    test, template = (np.tile(image, (4, 4)) for image in pairs[0].load())
+    with pytest.raises(RuntimeError, match="no more memory"):
+        inspect(module, test, template)

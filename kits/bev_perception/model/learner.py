@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from core.train import bfloat16
 from kits.bev_perception.model.denoising import Denoiser, Noise
 from kits.bev_perception.model.dense_loss import PixelHead, cell_loss
 from kits.bev_perception.model.detector import BEVFormer, Head, Predictions
@@ -85,13 +86,6 @@ def head_losses(
             f"dense.{name}": value for name, value in cell_loss(dense, truths, head.config, class_weights).items()
         }
     return parts
-
-
-def bfloat16(device: torch.device) -> torch.autocast:
-    """Convolutions in bfloat16 where the device multiplies those faster: GPUs, and CPUs with AMX or AVX512-BF16."""
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = device.type != "cpu" or bool(known.get("amx_bf16", False) or known.get("avx512_bf16", False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def features_in_bfloat16(detector: BEVFormer, images: Tensor) -> tuple[Tensor, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import cv2
 import numpy as np
@@ -20,14 +23,19 @@ from kits.pcb_inspection.model.pair import MAX_SHIFT, Grey, Registration, binari
 
 TILE = 640
 """Side in pixels of what a network is shown of a board at a time; its input may be smaller, see `Design.size`."""
-OVERLAP = 192
+OVERLAP = 128
 """Pixels that neighbouring tiles share: a defect up to this long is whole in the tile that owns its centre."""
 _SLACK = 8.0
 _CONTAINED = 0.7
 _AT_EDGE = MAX_SHIFT + 8.0
 """A box that ends this near the side of its tile is cut there: where the template moved, the rim shows nothing."""
 
+_MANY = 16
+"""Tiles from which several are looked at side by side: copies of the network take a moment to make."""
+
 Floats = NDArray[np.float32]
+_Place = tuple[int, int, tuple[float, float], int, int, tuple[float, float]]
+"""Top, bottom and owned rows of a tile, left, right and owned columns."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +75,26 @@ def inspect(
     height, width = test.shape
     side = input_side(module)
     slack, near = _SLACK / scale, _AT_EDGE / scale
-    for top, bottom, rows in spans(height, scale):
-        for left, right, columns in spans(width, scale):
-            here = np.s_[top:bottom, left:right]
-            part, registration = _inspect_tile(module, test[here], template[here], levels, scale, side, floor)
-            part[:, :4] += np.array([left, top, left, top], np.float32)
-            sides = np.array(
-                (
-                    left or -np.inf,
-                    top or -np.inf,
-                    right if right < width else np.inf,
-                    bottom if bottom < height else np.inf,
-                ),
-                np.float32,
-            )
-            mine = _owned(part, columns, rows, slack)
-            safe = _owned(part, columns, rows, -slack) & ~_cut(part, sides, near).any(1)
-            sure.append(part[safe])
-            doubtful.append(part[mine & ~safe])
-            tiles.append(np.tile(sides, (len(doubtful[-1]), 1)))
-            registrations.append(registration)
-            if on_tile is not None:
-                on_tile()
+    places = [(*rows, *columns) for rows in spans(height, scale) for columns in spans(width, scale)]
+
+    def look(module: nn.Module, place: _Place) -> tuple[Floats, Registration]:
+        top, bottom, _, left, right, _ = place
+        here = np.s_[top:bottom, left:right]
+        return _inspect_tile(module, test[here], template[here], levels, scale, side, floor)
+
+    for place, (part, registration) in zip(places, _each(module, look, places)):
+        top, bottom, rows, left, right, columns = place
+        part[:, :4] += np.array([left, top, left, top], np.float32)
+        far = right if right < width else np.inf, bottom if bottom < height else np.inf
+        sides = np.array((left or -np.inf, top or -np.inf, *far), np.float32)
+        mine = _owned(part, columns, rows, slack)
+        safe = _owned(part, columns, rows, -slack) & ~_cut(part, sides, near).any(1)
+        sure.append(part[safe])
+        doubtful.append(part[mine & ~safe])
+        tiles.append(np.tile(sides, (len(doubtful[-1]), 1)))
+        registrations.append(registration)
+        if on_tile is not None:
+            on_tile()
     joined = _joined(np.concatenate(doubtful), np.concatenate(tiles), near)
     detections = np.concatenate([*sure, joined])
     if len(registrations) > 1:
@@ -97,6 +103,35 @@ def inspect(
         sides = np.array((width, height) * 2, np.float32)
         detections[:, :4] = (detections[:, :4] + np.array(shift * 2, np.float32)).clip(0, sides)
     return Inspection(detections, tuple(registrations))
+
+
+def _each(
+    module: nn.Module, look: Callable[[nn.Module, _Place], tuple[Floats, Registration]], places: Sequence[_Place]
+) -> Iterator[tuple[Floats, Registration]]:
+    """What is found at every place, in order: of many side by side, each by a copy of the network on one thread.
+
+    Registration and suppression take one thread as well, so that a thread a tile keeps all of them busy.
+    """
+    origin = origin_of(module)
+    threads = 1 if origin is None else origin.threads or os.cpu_count() or 1
+    torches = origin is None or origin.artifact.variant(origin.variant).runtime == "torch"
+    if origin is None or torches or threads == 1 or len(places) < _MANY:
+        yield from (look(module, place) for place in places)
+        return
+    alone: Callable[[], nn.Module] | None = getattr(module, "alone", None)
+    free: SimpleQueue[nn.Module] = SimpleQueue()
+    for _ in range(threads):
+        free.put(alone() if alone is not None else origin.artifact.as_module(origin.variant, 1))
+
+    def one(place: _Place) -> tuple[Floats, Registration]:
+        taken = free.get()
+        try:
+            return look(taken, place)
+        finally:
+            free.put(taken)
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(one, places)
 
 
 def input_side(module: nn.Module) -> int:
