@@ -13,9 +13,11 @@ import argparse
 import json
 from pathlib import Path
 
-from kits.pcb_inspection.acceptance import freeze_threshold, score, write_predictions
+from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.baseline import ARCHITECTURES, detect_yolo, train_yolo
 from kits.pcb_inspection.data.deeppcb import split
+from kits.pcb_inspection.frozen import freeze_threshold
+from kits.pcb_inspection.predictions import write_predictions
 
 THREADS = 2
 

@@ -24,7 +24,7 @@ from core.kit import Graph, InputError, Kit, Recipe
 from core.search import Task
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import drift, gates, line, training
-from kits.pcb_inspection.acceptance import GATES, freeze_shift, freeze_threshold, shifted, write_predictions
+from kits.pcb_inspection.acceptance import GATES
 from kits.pcb_inspection.acceptance import score as score_predictions
 from kits.pcb_inspection.agreement import agreement
 from kits.pcb_inspection.card import FROZEN, board_groups, write_card
@@ -33,11 +33,13 @@ from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, image_size, split
 from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.data.resolution import resized, seen_at
+from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.design import design_beside
 from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, shift_of
 from kits.pcb_inspection.model.network import PairDetector
 from kits.pcb_inspection.predict import add_arguments, predict
+from kits.pcb_inspection.predictions import write_predictions
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
 
 WEIGHTS = Path(__file__).parent / "weights"

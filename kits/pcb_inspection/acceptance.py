@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,35 +17,25 @@ from core.evaluation.detection import (
     Predictions,
     Truths,
     average_precision,
-    box_iou,
-    check,
     detections_of,
     match_classes,
     mean_over,
 )
 from core.evaluation.intervals import clopper_pearson, group_bootstrap
 from core.figures import Gate
-from core.files import writing
 from core.kit import InputError
 from kits.pcb_inspection.data.deeppcb import CLASSES
+from kits.pcb_inspection.matching import OFFICIAL_IOU, Matching, match_official, sweep
+from kits.pcb_inspection.predictions import check_alone
 
 PX_PER_MM = 48
 """The resolution of DeepPCB's line scan camera."""
-OFFICIAL_IOU = 0.33
-SHIFTED = 20
-"""Found defects from which on it is told where the annotators' boxes lie."""
-"""A detection counts above this overlap (not at it)."""
 HALF_MM = 0.5 * PX_PER_MM
 """0.5 mm in pixels: the longest side from which a defect counts for `recall_half_mm`."""
 TILE_CM2 = (640 / PX_PER_MM / 10) ** 2
 """The area of one DeepPCB image, cm2."""
-CONFIDENCE_FLOOR = 0.01
-"""Predictions are handed over down to this confidence."""
-SLACK = 0.2
-"""Points of F that the frozen threshold gives up for recall."""
 
 SIZE_EDGES = (0, HALF_MM, 32, 48, 64, math.inf)  # longest side, px
-LINE = "x1,y1,x2,y2,confidence,type"
 
 GATES: tuple[Gate, ...] = (
     Gate("DeepPCB's pooled AP", "official_ap", ">= 98.6", "%"),
@@ -65,130 +53,6 @@ GATES: tuple[Gate, ...] = (
     Gate("speed against YOLOv8n FP32", "speedup_yolov8n", ">= 6", "x", device="this-host"),
     Gate("power", "power", "<= 1.0", "W", device="edge-1w"),
 )
-
-
-@dataclass(frozen=True)
-class Matching:
-    """All detections and all defects of a set under DeepPCB's official, class-blind matching.
-
-    Because a defect takes the most confident detection that is free, what is below a threshold never
-    changes what is above it: one matching serves every threshold.
-    """
-
-    scores: Floats  # (n,) confidence of each detection
-    classes: Ints  # (n,) its class
-    owner: Ints  # (n,) the defect that took it, or -1
-    right: Bools  # (n,) taken by a defect of its own class
-    boxes: Floats  # (m, 4) defects, pixels
-    labels: Ints  # (m,)
-    images: tuple[str, ...]  # (m,) image id of each defect
-    taken: Ints  # (m,) the detection that each defect took, or -1
-
-    def at(self, threshold: float) -> tuple[Bools, Bools, Bools]:
-        """(detections submitted (n,), defects found as any class (m,), as their own class (m,)) at a threshold."""
-        submitted = self.scores >= threshold
-        found, right = np.zeros(len(self.taken), bool), np.zeros(len(self.taken), bool)
-        has = self.taken >= 0
-        found[has] = submitted[self.taken[has]]
-        right[has] = found[has] & self.right[self.taken[has]]
-        return submitted, found, right
-
-
-def match_official(predictions: Predictions, truths: Truths) -> Matching:
-    """DeepPCB's matching: in each image the defects, in file order, each take the most confident free
-    detection with IoU > 0.33, whatever its class; a detection of the wrong class is used up and not correct.
-
-    IoU is taken on the coordinates as given: the published script cuts them to whole pixels. Source: the
-    evaluation of the DeepPCB repository, after that of ICDAR 2015. Raises InputError as `check` does.
-    """
-    check(predictions, truths, len(CLASSES))
-    rows, owner, taken = [np.zeros((0, 6))], [np.zeros(0, np.intp)], [np.zeros(0, np.intp)]
-    boxes, labels, images = [np.zeros((0, 4))], [np.zeros(0, np.intp)], []
-    detections = defects = 0
-    for image, (true_boxes, true_labels) in truths.items():
-        mine, count = detections_of(predictions, image), len(true_labels)
-        near = box_iou(true_boxes, mine[:, :4]) > OFFICIAL_IOU
-        mine_owner, mine_taken = np.full(len(mine), -1, np.intp), np.full(count, -1, np.intp)
-        for defect in np.flatnonzero(near.any(axis=1)):
-            candidates = near[defect] & (mine_owner < 0)
-            first = int(candidates.argmax())  # the rows are in falling confidence
-            if candidates[first]:
-                mine_owner[first], mine_taken[defect] = defects + defect, detections + first
-        rows.append(mine)
-        owner.append(mine_owner)
-        taken.append(mine_taken)
-        boxes.append(np.asarray(true_boxes, dtype=np.float64).reshape(-1, 4))
-        labels.append(np.asarray(true_labels, dtype=np.intp))
-        images += [image] * count
-        detections, defects = detections + len(mine), defects + count
-    found, owners, kinds = np.concatenate(rows), np.concatenate(owner), np.concatenate(labels)
-    classes = found[:, 5].astype(np.intp)
-    right = np.zeros(len(found), dtype=bool)
-    right[owners >= 0] = classes[owners >= 0] == kinds[owners[owners >= 0]]
-    return Matching(
-        found[:, 4], classes, owners, right, np.concatenate(boxes), kinds, tuple(images), np.concatenate(taken)
-    )
-
-
-def freeze_shift(predictions: Predictions, truths: Truths) -> tuple[float, float]:
-    """Pixels (x, y) to move boxes by so that they lie as the annotators' do, chosen on validation data.
-
-    The median from the boxes of found defects to the true ones, (0, 0) where fewer than SHIFTED were found. Presumably
-    annotators round to pixels in one direction, which pictures that are mirrored in training hide from the network.
-    """
-    moves = []
-    for image, (boxes, labels) in truths.items():
-        found = predictions[image]
-        if not len(found) or not len(boxes):
-            continue
-        over = np.where(found[:, 5] == labels[:, None], box_iou(boxes, found[:, :4]), 0.0)
-        best = over.argmax(1)
-        met = over[np.arange(len(boxes)), best] > OFFICIAL_IOU
-        moves.append((boxes[met] - found[best[met], :4]).reshape(-1, 2, 2).mean(1))
-    every = np.concatenate(moves) if moves else np.zeros((0, 2))
-    if len(every) < SHIFTED:
-        return 0.0, 0.0
-    x, y = np.median(every, axis=0)
-    return round(float(x), 2), round(float(y), 2)
-
-
-def shifted(predictions: Predictions, shift: tuple[float, float]) -> dict[str, Any]:
-    """Detections with their boxes moved by so many pixels (x, y)."""
-    by = np.array((*shift, *shift, 0.0, 0.0), np.float32)
-    return {image: found + by for image, found in predictions.items()}
-
-
-def freeze_threshold(predictions: Predictions, truths: Truths, *, slack: float = SLACK) -> float:
-    """The threshold to freeze, chosen on validation data: detections at or above it are reported.
-
-    The lowest whose official F is at most `slack` points below the best, since a missed defect costs an
-    inspection more than a false call; with a slack of 0 the best F, of equal ones the lower. The value
-    lies in the middle of the gap between the last confidence kept and the next one, so that rounding and
-    another runtime's arithmetic change nothing; below the last of all, in the middle between it and
-    CONFIDENCE_FLOOR. Raises InputError where there are no defects or no detections.
-    """
-    matching = match_official(predictions, truths)
-    defects = len(matching.labels)
-    if not defects or not len(matching.scores):
-        raise InputError(
-            f"{defects} defects and {len(matching.scores)} detections in {len(truths)} images: a threshold needs both; "
-            "give a validation split with annotated boards and a trained model"
-        )
-    cuts, f = _sweep(matching)
-    lowest = int(np.flatnonzero(f >= f.max() - slack - 1e-9)[-1])
-    low = float(cuts[lowest + 1]) if lowest + 1 < len(cuts) else min(float(cuts[lowest]), CONFIDENCE_FLOOR)
-    middle = (float(cuts[lowest]) + low) / 2
-    return middle if low < middle else float(cuts[lowest])  # neighbouring floats have no middle
-
-
-def _sweep(matching: Matching) -> tuple[Floats, Floats]:
-    """(distinct confidences, falling; official F in %) when that one is the last kept."""
-    order = np.argsort(-matching.scores, kind="stable")
-    scores = matching.scores[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.intp)
-    defects = max(len(matching.labels), 1)
-    correct = np.cumsum(matching.right[order])[last]
-    return scores[last], 200.0 * correct / (last + 1 + defects)
 
 
 @dataclass(frozen=True)
@@ -264,7 +128,7 @@ def score(
     per_class = match_classes(predictions, truths, len(CLASSES), (OFFICIAL_IOU, *COCO_THRESHOLDS))
     ap33, coco = per_class.average_precisions("all-point")[0], per_class.average_precisions("coco")[1:]
     ap = average_precision(matching.scores, matching.right, defects, "none")
-    best_f = _sweep(matching)[1] if defects else np.zeros(0)
+    best_f = sweep(matching)[1] if defects else np.zeros(0)
 
     percent = {
         "map33": 100 * mean_over(ap33),
@@ -383,75 +247,6 @@ def _misses(matching: Matching, found: Bools, right: Bools) -> Iterable[dict[str
 
 def _clean_calls(predictions: Predictions, threshold: float) -> Ints:
     """Detections at or above the threshold on each clean board, (boards,)."""
-    _check_alone(predictions)
+    check_alone(predictions)
     calls = [(detections_of(predictions, image)[:, 4] >= threshold).sum() for image in predictions]
     return np.array(calls, dtype=np.intp)
-
-
-def _check_alone(predictions: Predictions) -> None:
-    nothing = (np.zeros((0, 4)), np.zeros(0, np.intp))
-    check(predictions, dict.fromkeys(predictions, nothing), len(CLASSES))
-
-
-def write_predictions(folder: Path, predictions: Predictions) -> None:
-    """Write `<folder>/<image id>.txt`, lines `x1,y1,x2,y2,confidence,type`, most confident first.
-
-    Coordinates in pixels to 0.001, confidence exact to float32, type 1 to 6; what is below CONFIDENCE_FLOOR is left
-    out; an image without detections has an empty file. Raises InputError as `check` does, for an image id that is
-    no plain file name, and when the folder holds files of other images, which would be read back with these.
-    """
-    for image in predictions:
-        if not re.fullmatch(r"[\w][\w.\- ]*", image):
-            raise InputError(f"image id {image!r} cannot name a file; use letters, digits, dots, dashes or underscores")
-    _check_alone(predictions)
-    folder.mkdir(parents=True, exist_ok=True)
-    if stale := sorted(p.name for p in folder.glob("*.txt") if p.stem not in predictions):
-        raise InputError(f"{folder}: holds {stale[0]} from another run; give an empty folder")
-    for image in predictions:
-        rows = detections_of(predictions, image)
-        lines = [
-            f"{x1:.3f},{y1:.3f},{x2:.3f},{y2:.3f},{confidence:.9g},{int(label) + 1}\n"
-            for x1, y1, x2, y2, confidence, label in rows[rows[:, 4] >= CONFIDENCE_FLOOR]
-        ]
-        with writing(folder / f"{image}.txt"):
-            (folder / f"{image}.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def read_predictions(folder: Path) -> dict[str, np.ndarray]:
-    """Read the files of `write_predictions`: image id -> (n, 6) float64, labels from 0.
-
-    Raises InputError, naming file and line, for anything that is not such a line.
-    """
-    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
-    if not files:
-        raise InputError(f"{folder}: no prediction files; expected <image id>.txt, one an image")
-    return {file.stem: _read_file(file) for file in files}
-
-
-def _read_file(file: Path) -> np.ndarray:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not a text file (byte {error.start}); expected lines {LINE}") from error
-    rows = [_read_line(f"{file}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    return np.array(rows, dtype=np.float64).reshape(-1, 6)
-
-
-def _read_line(where: str, line: str) -> list[float]:
-    fields = line.split(",")
-    if len(fields) != 6:
-        raise InputError(f"{where}: {len(fields)} fields, expected 6: {LINE}")
-    try:
-        *numbers, kind = [float(text) for text in fields]
-    except ValueError as error:
-        raise InputError(f"{where}: {line.strip()!r} is not all numbers; expected {LINE}") from error
-    x1, y1, x2, y2, confidence = numbers
-    if not all(math.isfinite(n) for n in numbers):
-        raise InputError(f"{where}: {line.strip()!r} holds a value that is not finite")
-    if x2 < x1 or y2 < y1:
-        raise InputError(f"{where}: box {x1:g},{y1:g},{x2:g},{y2:g} is turned around; expected x1 <= x2 and y1 <= y2")
-    if not 0 <= confidence <= 1:
-        raise InputError(f"{where}: confidence {confidence:g}, expected 0 to 1")
-    if kind not in range(1, len(CLASSES) + 1):
-        raise InputError(f"{where}: type {fields[5].strip()!r}, expected a whole number from 1 to {len(CLASSES)}")
-    return [*numbers, kind - 1]

@@ -12,8 +12,8 @@ from torch import nn
 
 from core.evaluation.detection import box_iou
 from core.progress import progress
-from kits.pcb_inspection.acceptance import OFFICIAL_IOU
 from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.matching import OFFICIAL_IOU
 from kits.pcb_inspection.model.inspector import inspect
 
 

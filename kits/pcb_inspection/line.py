@@ -17,8 +17,8 @@ from torch import nn
 
 from core.evaluation.intervals import clopper_pearson
 from core.progress import progress
-from kits.pcb_inspection.acceptance import match_official
 from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.matching import match_official
 from kits.pcb_inspection.model.inspector import inspect
 from kits.pcb_inspection.model.pair import Grey
 

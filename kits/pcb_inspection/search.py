@@ -218,6 +218,13 @@ class Judge:
             "peak": costs["peak"],
         }
 
+    def largest(self) -> PairDetector:
+        """The candidate that holds all others' weights, as a teacher of the winner."""
+        top: dict[str, Any] = {name: choice.values[-1] for name, choice in CHOICES.items()}
+        detector = PairDetector(design_of(top))
+        detector.load_state_dict(self.network(top).state_dict())
+        return detector.eval()
+
     def network(self, candidate: Candidate) -> nn.Module:
         """A candidate with the supernet's weights and batch norms of its own."""
         size = design_of(candidate).size
@@ -333,12 +340,14 @@ class DetectorTask:
         basis = training.SCHEDULES[self.setup.preset]
         schedule = replace(basis, epochs=FINISHED[self.setup.preset], lr=basis.lr / 2)
         fitted = training.train_detector(
-            ready, judge.validation, schedule, place / "training", (place / "training").is_dir(), start=detector
-        )
+            ready, judge.validation, schedule, place / "training", (place / "training").is_dir(), start=detector,
+            larger=[judge.largest()],
+        )  # fmt: skip
         save_weights(fitted.model, place / "fp32.safetensors")
         after = average_precision(fitted.model.eval(), judge.validation, design.size)
         return (
-            f"the winner was trained on for {schedule.epochs} epochs: mAP50-95 on the validation boards {before:.2f} "
+            f"the winner was trained on for {schedule.epochs} epochs, towards the supernet's largest candidate as "
+            f"well: mAP50-95 on the validation boards {before:.2f} "
             f"to {after:.2f} %; quantize and score it with: fitkit run pcb_inspection --weights {place}"
         )
 

@@ -48,8 +48,12 @@ def train_detector(
     resume: bool,
     teacher: Teacher | None = None,
     start: PairDetector | None = None,
+    larger: Sequence[PairDetector] = (),
 ) -> Fit:
-    """Train a detector from random weights or from `start`; the epoch is chosen by mAP50-95 on `validation`."""
+    """Train a detector from random weights or from `start`; the epoch is chosen by mAP50-95 on `validation`.
+
+    It follows a `teacher` of single images, or an ensemble of `larger` detectors of pairs, beside the annotations.
+    """
     torch.manual_seed(schedule.seed)
     # channels last: 0.20 against 0.23 s a step of 8 crops on two cores
     model = (start or PairDetector()).to(memory_format=torch.channels_last)
@@ -60,8 +64,9 @@ def train_detector(
     steps = max(1, len(ready) * EACH // schedule.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
-        shown = training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
-        return (resized(batch, size) for batch in shown)
+        for batch in training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher):
+            taught_too = {**batch, "taught": told(larger, batch["images"])} if larger else batch
+            yield resized(taught_too, size)
 
     def validate(network: nn.Module) -> float:
         return mean_average_precision_5095(network, validation)
@@ -143,6 +148,14 @@ def taught(teacher: Teacher, batch: Sequence[Crop]) -> Tensor:
     seen = teacher(torch.from_numpy(np.stack(shown)))
     dual = torch.tensor([crop.dual for crop in batch])
     return torch.where(dual[:, None, None, None], seen[:, DUAL.tolist()], seen)
+
+
+@torch.no_grad()
+def told(larger: Sequence[PairDetector], images: Tensor) -> Tensor:
+    """What an ensemble says of pairs (N, 4, H, W): the mean of its class probabilities (N, 6, H / 8, W / 8)."""
+    with bfloat16(images.device):
+        said = [detector.eval()(images)[0].float().sigmoid() for detector in larger]
+    return torch.stack(said).mean(0)
 
 
 @torch.no_grad()

@@ -8,14 +8,10 @@ import pytest
 
 from core.figures import Figure, Figures, Measured
 from core.kit import InputError
-from kits.pcb_inspection.acceptance import (
-    GATES,
-    freeze_threshold,
-    match_official,
-    read_predictions,
-    score,
-    write_predictions,
-)
+from kits.pcb_inspection.acceptance import GATES, score
+from kits.pcb_inspection.frozen import freeze_threshold
+from kits.pcb_inspection.matching import match_official
+from kits.pcb_inspection.predictions import read_predictions, write_predictions
 
 BOX = [100.0, 100, 140, 140]
 

@@ -162,3 +162,41 @@ def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     assert design == design_of(winner)
     assert main(["search", "pcb_inspection", "--preset", "smoke", "--trials", "8", "--out", str(out), "--resume"]) == 0
     assert len(json.loads((out / "search.json").read_text())["searched"]["trials"]) == 8
+
+
+@pytest.mark.parametrize("size", [640, 512])
+def test_what_an_ensemble_says_reaches_the_loss_at_the_size_of_the_one_that_learns(size: int) -> None:
+    torch.manual_seed(1)
+    larger = [PairDetector(), PairDetector()]
+    ready = board(160)
+    batch = training.collate([stack(ready.test, ready.template)], [(ready.boxes, ready.labels)])
+    told = training.told(larger, batch["images"])
+    apart = [d.eval()(batch["images"])[0].sigmoid() for d in larger]
+    assert told.shape == (1, 6, 20, 20) and not told.requires_grad
+    torch.testing.assert_close(told, (apart[0] + apart[1]) / 2, atol=5e-3, rtol=0.05)  # bfloat16 where there is some
+    small = PairDetector(Design(size=size))
+    seen = resized({**batch, "taught": told}, size)
+    cells = seen["images"].shape[-1] // 8
+    assert seen["taught"].shape == (1, 6, cells, cells)
+    with_it, without = (
+        float(training.loss(small, b)) for b in (seen, {k: v for k, v in seen.items() if k != "taught"})
+    )
+    assert with_it > without
+
+
+def test_a_detector_follows_larger_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SIZE", 64)
+    monkeypatch.setattr(training, "drawn", lambda *_: [])
+    asked: list[int] = []
+    said = training.told
+
+    def told(larger: Any, images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(larger))
+        return said(larger, images)
+
+    monkeypatch.setattr(training, "told", told)
+    schedule = training.Schedule(epochs=1, batch_size=2, lr=1e-3)
+    ready = [board()] * 4
+    fitted = training.train_detector(ready, ready, schedule, tmp_path, False, larger=[PairDetector()] * 3)
+    assert asked and set(asked) == {3}
+    assert np.isfinite(fitted.history[0]["loss"])

@@ -9,7 +9,7 @@ import pytest
 
 from core.export import export
 from kits.pcb_inspection import KIT
-from kits.pcb_inspection.acceptance import SHIFTED, freeze_shift, shifted
+from kits.pcb_inspection.frozen import SHIFTED, freeze_shift, shifted
 from kits.pcb_inspection.model.inspector import inspect, shift_of
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kits.pcb_inspection.data.augment import Ready
 from kits.pcb_inspection.model.inspector import TILE, to_input
+from kits.pcb_inspection.model.network import STRIDE
 from kits.pcb_inspection.model.pair import Grey, stack
 
 
 def resized(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """A batch of crops or boards (`training.collate`) for a tile of `size` pixels, boxes with it."""
+    """A batch of crops or boards (`training.collate`) for a tile of `size` pixels, boxes and "taught" with it."""
     if size == TILE:
         return batch
     scale = size / TILE
@@ -23,7 +26,11 @@ def resized(batch: dict[str, Any], size: int) -> dict[str, Any]:
             for test, template in (batch["images"][:, :2] * 255).byte().numpy()]  # fmt: skip
     truths = [(boxes * scale, labels) for boxes, labels in batch["truths"]]
     images = torch.cat([to_input(planes) for planes in seen]).contiguous(memory_format=torch.channels_last)
-    return {**batch, "images": images, "truths": truths}
+    found = {**batch, "images": images, "truths": truths}
+    if "taught" in batch:
+        cells = tuple(math.ceil(side / STRIDE) for side in images.shape[-2:])
+        found["taught"] = F.interpolate(batch["taught"], cells, mode="bilinear", align_corners=False)
+    return found
 
 
 def seen_at(pair: Ready, size: int) -> Ready:
