@@ -63,7 +63,9 @@ class SearchRun:
         else:
             found, control = with_control(task.space, task.evaluate, goals, plan)
         by_hand = Trial(-1, dict(task.hand), dict(task.evaluate(task.hand)), 0.0)
-        winner = max(found.scored, key=lambda t: _value(t, task.score))
+        # what beats the hand design by every goal, where anything does: the score alone trades one for another
+        ahead = dominating(by_hand, found.scored, task.goals) or list(found.scored)
+        winner = max(ahead, key=lambda t: _value(t, task.score))
         kept = task.keep(winner.candidate, self.out)
         report = self._report(task, found, control, by_hand, winner, kept)
         data = {
@@ -86,7 +88,7 @@ class SearchRun:
                 if value is not None:
                     figures |= Figures([Figure(f"searched_{name}", value, unit, of, stage)])  # type: ignore[arg-type]
         front = pareto(found.scored, goals)
-        ahead = dominated(by_hand, found.scored, goals)
+        ahead = len(dominating(by_hand, found.scored, goals))
         notes = [
             f"{found.searcher}: {len(found.scored)} candidates in {found.seconds:.0f} s, {len(front)} on the front; "
             f"{ahead} of them are at least as good as the hand design by every goal and better by one",
@@ -121,14 +123,15 @@ class SearchRun:
         }  # fmt: skip
 
 
-def dominated(by_hand: Trial, trials: Sequence[Trial], goals: Sequence[Goal]) -> int:
-    """How many trials are at least as good as the hand design by every goal and better by one."""
+def dominating(by_hand: Trial, trials: Sequence[Trial], goals: Sequence[Goal]) -> list[Trial]:
+    """The trials that are at least as good as the hand design by every goal and better by one."""
     mine = [_value(by_hand, goal) for goal in goals]
-    count = 0
+    ahead = []
     for trial in trials:
         theirs = [_value(trial, goal) for goal in goals]
-        count += all(a >= b for a, b in zip(theirs, mine)) and theirs != mine
-    return count
+        if all(a >= b for a, b in zip(theirs, mine)) and theirs != mine:
+            ahead.append(trial)
+    return ahead
 
 
 def compared(found: Found, control: Found, goal: Goal) -> str:
