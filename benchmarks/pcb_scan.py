@@ -5,7 +5,8 @@
 Setup: boards of the report split laid side by side up to a scan of --side pixels, test and template alike, and a second
 scan without defects, whose test is its template; the detector INT8 in OpenVINO on two threads, once always dense and
 once with the frozen gate, in turns. Decoding the files is not counted. The peak is that of the whole process, both
-images and the runtime included, in a process of its own for each way. Leaves `scan.json` in --out.
+images and the runtime included, in a process of its own for each way, which reads the scan from PNG files as `fitkit
+predict` does. Leaves `scan.json` in --out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from core.evaluation.measure import device, runtime_title
@@ -28,12 +30,14 @@ from core.figures import today
 from core.files import write_text
 from kits.pcb_inspection import KIT
 from kits.pcb_inspection.conditional import conditional, gate_on
-from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.data.deeppcb import Pair, find_pairs
 from kits.pcb_inspection.model.inspector import inspect, tile_count
+from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
 
 THREADS = 2
 VARIANT = "int8-openvino"
+Scan = tuple[Grey, Grey] | tuple[Packed, Packed]
 WAYS = ("dense", "gated")
 
 
@@ -55,7 +59,7 @@ def laid_out(pairs: Sequence[Pair], side: int) -> tuple[Grey, Grey, int]:
     return test, template, defects
 
 
-def timed(artifact: Artifact, way: str, scan: tuple[Grey, Grey], rounds: int) -> dict[str, Any]:
+def timed(artifact: Artifact, way: str, scan: Scan, rounds: int) -> dict[str, Any]:
     """Seconds of every round, and what was found."""
     module = conditional(artifact, VARIANT, THREADS) if way == "gated" else artifact.as_module(VARIANT, THREADS)
     threshold, seconds, found = float(artifact.meta["threshold"]), [], 0
@@ -69,8 +73,8 @@ def timed(artifact: Artifact, way: str, scan: tuple[Grey, Grey], rounds: int) ->
 
 def peak(given: argparse.Namespace, way: str) -> float:
     """MB of a process of its own that inspects the scan once."""
-    words = [sys.executable, __file__, "--out", str(given.out), "--side", str(given.side), "--only", way]
-    ran = subprocess.run(words + (["--data", str(given.data)] if given.data else []), capture_output=True, text=True)
+    words = [sys.executable, __file__, "--out", str(given.out), "--only", way]
+    ran = subprocess.run(words, capture_output=True, text=True)
     if ran.returncode:
         raise SystemExit(ran.stderr)
     return float(json.loads(ran.stdout.splitlines()[-1])["peak"])
@@ -85,19 +89,20 @@ def main() -> None:
     options.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    pairs = KIT.dataset(given.data, KIT.report_split(given.data), "full")
-    folder = given.out / "artifact"
+    folder, files = given.out / "artifact", [given.out / f"{name}.png" for name in ("test", "template")]
     if given.only:
-        artifact = Artifact.open(folder)
-        scan = laid_out(pairs, given.side)[:2]
-        timed(artifact, given.only, scan, 1)
+        (pair,) = find_pairs(*map(str, files))
+        timed(Artifact.open(folder), given.only, pair.load_packed(), 1)
         print(json.dumps({"peak": resident("VmHWM")}))
         return
+    pairs = KIT.dataset(given.data, KIT.report_split(given.data), "full")
     models, meta = KIT.shipped()
     if "gate" not in meta:
         meta = {**meta, "gate": gate_on(KIT.dataset(given.data, "val", "full"))}
     artifact = export(models, KIT.exports(), KIT.default_target, folder, kit=KIT.name, meta=meta)
     test, template, defects = laid_out(pairs, given.side)
+    for file, image in zip(files, (test, template)):
+        cv2.imwrite(str(file), image)
     scans = {"as dense as the boards": (test, template), "without defects": (template, template)}
     rows = []
     for name, scan in scans.items():

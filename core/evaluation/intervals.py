@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import beta, t
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -18,6 +17,8 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes of {trials} trials, expected 0 <= successes <= trials")
+    from scipy.stats import beta  # 60 MB that running an artifact has no use for
+
     tail = (1 - confidence) / 2
     low = float(beta.ppf(tail, successes, trials - successes + 1)) if successes else 0.0
     high = float(beta.ppf(1 - tail, successes + 1, trials - successes)) if successes < trials else 1.0
@@ -56,6 +57,8 @@ def paired_gain(differences: Sequence[float], confidence: float = 0.95) -> tuple
     """
     if len(differences) < 2:
         raise ValueError(f"{len(differences)} difference(s), expected at least 2 for an interval")
+    from scipy.stats import t
+
     values = np.asarray(differences, dtype=np.float64)
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     mean = float(values.mean())

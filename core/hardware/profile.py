@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from core.kit import InputError
 
@@ -363,6 +362,8 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 def operator_macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Multiply-accumulates of one call of an operator, as a dispatch mode sees it; 0 where there are none."""
+    from torch.utils.flop_counter import flop_registry  # brings triton, 70 MB that running an artifact has no use for
+
     packet = func._overloadpacket
     if packet in flop_registry:
         flops: int = flop_registry[packet](*args, **kwargs, out_val=out)

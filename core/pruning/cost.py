@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from core.pruning.coupling import Group
 from core.pruning.surgery import Key, Side, find, slots
@@ -53,6 +52,8 @@ def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     was_training = model.training
     model.eval()
     # the fused paths of attention are not counted: gradients switch one off, the plain kernel the other
+    from torch.utils.flop_counter import FlopCounterMode  # see `core.hardware.profile.operator_macs`
+
     with FlopCounterMode(display=False) as counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*inputs)
     model.train(was_training)

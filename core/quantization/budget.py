@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import lil_array
 
 from core.kit import InputError
 
@@ -42,6 +40,9 @@ def choose_bits(
     cost = np.array([errors[n][b] / largest * 1e4 if np.isfinite(errors[n][b]) else broken for n, b in options])
     size = np.array([sizes[n][b] for n, b in options], dtype=float)
     rows = {name: row for row, name in enumerate(sizes)}
+    from scipy.optimize import Bounds, LinearConstraint, milp  # 40 MB that running an artifact has no use for
+    from scipy.sparse import lil_array
+
     one_each = lil_array((len(rows), len(options)))
     for column, (name, _) in enumerate(options):
         one_each[rows[name], column] = 1

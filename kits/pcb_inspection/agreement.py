@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from core.evaluation.detection import box_iou
@@ -35,6 +34,8 @@ def same_calls(one: NDArray[np.float32], other: NDArray[np.float32]) -> int:
     if not len(one) or not len(other):
         return 0
     alike = (box_iou(one[:, :4], other[:, :4]) > OFFICIAL_IOU) & (one[:, 5:6] == other[:, 5])
+    from scipy.optimize import linear_sum_assignment  # 40 MB that inspecting has no use for
+
     rows, columns = linear_sum_assignment(~alike)
     return int(alike[rows, columns].sum())
 

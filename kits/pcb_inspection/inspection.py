@@ -15,6 +15,7 @@ from core.progress import progress
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 from kits.pcb_inspection.matching import OFFICIAL_IOU
 from kits.pcb_inspection.model.inspector import inspect
+from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
 
 FOUND, MISSED, FALSE = (90, 160, 0), (0, 0, 220), (0, 150, 240)  # blue, green, red of OpenCV
@@ -71,7 +72,7 @@ def overlay(test: Grey, detections: np.ndarray, threshold: float, boxes: np.ndar
     return picture
 
 
-def contact_sheet(test: Grey, template: Grey, detections: np.ndarray) -> np.ndarray:
+def contact_sheet(test: Grey | Packed, template: Grey | Packed, detections: np.ndarray) -> np.ndarray:
     """The first CROPS detections (n, 6) of a scan at full size: test beside template, class and confidence below.
 
     A detection larger than a crop is reduced to fit; x and y are those in the scan.
@@ -132,7 +133,7 @@ def _frame(picture: np.ndarray, box: np.ndarray, text: str, colour: tuple[int, i
     cv2.putText(picture, text, (left + 2, base), font, scale, colour, size, cv2.LINE_AA)
 
 
-def _crop(image: Grey, left: int, top: int, side: int) -> Grey:
+def _crop(image: Grey | Packed, left: int, top: int, side: int) -> Grey:
     """A square part of an image (side, side), white where it reaches beyond the image."""
     part = np.full((side, side), 255, np.uint8)
     inside = image[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]

@@ -28,6 +28,7 @@ from kits.pcb_inspection.drift import DriftAlarm, statistics
 from kits.pcb_inspection.inspection import contact_sheet, overlay, png
 from kits.pcb_inspection.model.decode import FLOOR
 from kits.pcb_inspection.model.inspector import inspect, tile_count
+from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
 
 POOR_MATCH = 0.12
@@ -35,6 +36,8 @@ POOR_MATCH = 0.12
 SAME = 0.02
 """Resolutions closer than this share need no resizing."""
 LONGEST_PICTURE = 2000
+PACKED = 64_000_000
+"""Pixels from which on an image is kept at a bit a pixel."""
 WHITE = 128
 """Grey level of a mask from which a pixel belongs to its region."""
 DEFECTS = "_defects"
@@ -152,7 +155,9 @@ def _board(
     on_tile: Callable[[], None],
     alarm: DriftAlarm | None,
 ) -> dict[str, Any]:
-    test, template = pair.load()
+    width, height = image_size(pair.test)
+    large = scale == 1 and width * height > PACKED
+    test, template = pair.load_packed() if large else pair.load()
     started = time.perf_counter()
     inspection = inspect(module, test, template, floor=min(FLOOR, threshold), scale=scale, on_tile=on_tile)
     seconds = time.perf_counter() - started
@@ -169,7 +174,7 @@ def _board(
             f"{worst.residual:.0%} of the pixels of a tile differ from {pair.template.name} after registration; "
             "is it the template of this board, and within 16 px of it?"
         )
-    elif alarm is not None and len(inspection.registrations) == 1 and scale == 1:
+    elif alarm is not None and len(inspection.registrations) == 1 and scale == 1 and not large:
         warnings += alarm.look(statistics(test, template, worst))
     return {
         "image": pair.image_id, "test": str(pair.test), "template": str(pair.template), "size": list(test.shape[::-1]),
@@ -223,7 +228,9 @@ def _detection(row: np.ndarray, px_per_mm: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pictures(folder: Path, name: str, test: Grey, template: Grey, detections: np.ndarray, threshold: float) -> None:
+def _pictures(
+    folder: Path, name: str, test: Grey | Packed, template: Grey | Packed, detections: np.ndarray, threshold: float
+) -> None:
     """The overlay; a large scan is shown reduced, with a sheet of its detections at full size beside it.
 
     Boxes are drawn after the reduction so that they stay visible.
@@ -231,11 +238,14 @@ def _pictures(folder: Path, name: str, test: Grey, template: Grey, detections: n
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     factor = LONGEST_PICTURE / max(test.shape)
-    if factor >= 1:
+    if factor >= 1 and not isinstance(test, Packed):
         _save(path, overlay(test, detections, threshold))
         return
-    size = [max(1, round(side * factor)) for side in test.shape[::-1]]
-    reduced = np.asarray(cv2.resize(test, size, interpolation=cv2.INTER_AREA), np.uint8)
+    width, height = (max(1, round(side * factor)) for side in test.shape[::-1])
+    if isinstance(test, Packed):
+        reduced = test.reduced((width, height))
+    else:
+        reduced = np.asarray(cv2.resize(test, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     shown = detections.copy()
     shown[:, :4] *= factor
     _save(path, overlay(reduced, shown, threshold))

@@ -11,8 +11,10 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL.PngImagePlugin import PngImageFile
 
 from core.kit import InputError
+from kits.pcb_inspection.model.packed import Packed
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
 VALIDATION_GROUPS = ("group50600",)
@@ -38,9 +40,18 @@ class Pair:
     def load(self) -> tuple[Grey, Grey]:
         """(test, template), grey uint8 (H, W) of the same size; InputError if an image cannot be read whole."""
         test, template = read_image(self.test), read_image(self.template)
-        if test.shape != template.shape:
-            raise InputError(_sizes(self.test, test.shape[::-1], self.template, template.shape[::-1]))
+        self._same(test.shape, template.shape)
         return test, template
+
+    def load_packed(self) -> tuple[Packed, Packed]:
+        """The same binary and at a bit a pixel, one after the other: for scans of which two would fill the memory."""
+        test, template = _read_packed(self.test), _read_packed(self.template)
+        self._same(test.shape, template.shape)
+        return test, template
+
+    def _same(self, test: tuple[int, ...], template: tuple[int, ...]) -> None:
+        if test != template:
+            raise InputError(_sizes(self.test, test[::-1], self.template, template[::-1]))
 
 
 def split(root: Path | str, name: str) -> list[Pair]:
@@ -150,6 +161,23 @@ def read_image(path: Path | str) -> Grey:
     if image is None:
         raise InputError(f"{path}: not a readable image ({len(data)} bytes); expected {', '.join(SUFFIXES)}")
     return np.asarray(image, np.uint8)
+
+
+def _read_packed(path: Path) -> Packed:
+    """As `read_image`; of a grey PNG with one buffer of its size, where OpenCV takes two."""
+    try:
+        with (
+            path.open("rb") as file,
+            PngImageFile(file) as picture,
+        ):  # not Image.open, which refuses scans by their size
+            if picture.mode == "L":
+                picture.load()
+                width, height = picture.size
+                return Packed((height, width), lambda a, b: np.asarray(picture.crop((0, a, width, b)), np.uint8))
+    except (OSError, SyntaxError, ValueError):
+        pass  # no PNG, or a broken one: which, `read_image` says
+    image = read_image(path)
+    return Packed((image.shape[0], image.shape[1]), lambda a, b: image[a:b])
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

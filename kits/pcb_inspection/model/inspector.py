@@ -19,7 +19,8 @@ from core.export.artifact import origin_of
 from kits.pcb_inspection.model.decode import FLOOR, decode
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
 from kits.pcb_inspection.model.design import Design
-from kits.pcb_inspection.model.pair import MAX_SHIFT, Grey, Registration, binarise, level, register, stack
+from kits.pcb_inspection.model.packed import Packed
+from kits.pcb_inspection.model.pair import LEVEL, MAX_SHIFT, Grey, Registration, binarise, level, register, stack
 
 TILE = 640
 """Side in pixels of what a network is shown of a board at a time; its input may be smaller, see `Design.size`."""
@@ -53,21 +54,21 @@ class Inspection:
 
 def inspect(
     module: nn.Module,
-    test: Grey,
-    template: Grey,
+    test: Grey | Packed,
+    template: Grey | Packed,
     *,
     floor: float = FLOOR,
     scale: float = 1.0,
     on_tile: Callable[[], None] | None = None,
 ) -> Inspection:
-    """Find the defects of a tested image against its template, both grey uint8 (H, W) of any size.
+    """Find the defects of a tested image against its template, both grey uint8 (H, W) of any size, or packed.
 
     Larger images go through the network tile by tile. Each tile owns the detections whose centre lies
     in its part of the image; what two tiles both claim, within 8 px of a seam, is suppressed, and the
     parts of a defect that no tile shows whole are joined. `scale` is the network's resolution over the
     image's; tiles are resized one at a time, so that beyond the images themselves memory stays that of a tile.
     """
-    levels = level(test), level(template)
+    levels = _level(test), _level(template)
     sure: list[Floats] = []
     doubtful: list[Floats] = []  # near a seam, where another tile may have seen the same
     tiles: list[Floats] = []  # the tile of each doubtful one; the image's own sides are infinite
@@ -132,6 +133,10 @@ def _each(
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(one, places)
+
+
+def _level(image: Grey | Packed) -> int:
+    return LEVEL - 1 if isinstance(image, Packed) else level(image)
 
 
 def input_side(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ Shapes: H rows, W columns; images are uint8 grey, copper black (0) on bare board
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -41,11 +42,15 @@ def level(image: Grey) -> int:
     Found once for a whole image: a tile of a scan that shows bare board alone has no level of its own. Of
     more than 4 million pixels a regular sample is looked at.
     """
-    sample = image[::8, ::8]
+    return level_of(lambda step: image[::step, ::step], image.size)
+
+
+def level_of(every: Callable[[int], Grey], size: int) -> int:
+    """The same of an image of `size` pixels, of which `every(n)` gives each n-th row and column."""
+    sample = every(8)
     if np.count_nonzero((sample > 40) & (sample < 215)) <= 0.2 * sample.size:
         return LEVEL - 1
-    step = max(1, round((image.size / 4e6) ** 0.5))
-    sample = np.ascontiguousarray(image[::step, ::step])
+    sample = np.ascontiguousarray(every(max(1, round((size / 4e6) ** 0.5))))
     return int(cv2.threshold(sample, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[0])
 
 
