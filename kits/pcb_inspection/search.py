@@ -60,7 +60,7 @@ PHASES = {
     "smoke": (("largest", (), 1), ("all", tuple(CHOICES), 1)),
 }  # fmt: skip
 """Progressive shrinking: what is free, phase by phase, and epochs."""
-FINISHED = {"full": 24, "smoke": 1}
+FINISHED = {"full": 12, "smoke": 1}
 """Epochs that the winner is trained on for."""
 PATHS = 3
 TARGET_MS = 5.0
