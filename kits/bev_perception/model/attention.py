@@ -58,12 +58,12 @@ def _rays(heads: int, groups: int, points: int, near: bool = False) -> Tensor:
 
 
 def _spread(samples: Tensor, weights: Tensor) -> Tensor:
-    """Samples (G, d, Q, P) weighted by (G, Q, P) -> (G, d, Q)."""
-    return (samples * weights.unsqueeze(1)).sum(-1)
+    """Samples (G, d, P, Q) weighted by (G, P, Q) -> (G, d, Q)."""
+    return (samples * weights.unsqueeze(1)).sum(2)
 
 
 def _sample(maps: Tensor, grid: Tensor) -> Tensor:
-    """Maps (G, d, h, w) at places (G, Q, P, 2), x and y in -1..1 from border to border -> (G, d, Q, P), 0 outside."""
+    """Maps (G, d, h, w) at places (G, P, Q, 2), x and y in -1..1 from border to border -> (G, d, P, Q), 0 outside."""
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -104,12 +104,12 @@ class TemporalSelfAttention(_Sampling):
         H, P, h, w = self.heads, self.points, self.bev_h, self.bev_w
         both = torch.cat((value[:, 0], query + position), -1)
         offsets = self.sampling_offsets(both).view(B, Q, H, 2, P, 2)
-        weights = self.attention_weights(both).view(B, Q, H, 2, P).softmax(-1)
+        weights = self.attention_weights(both).view(B, Q, H, 2, P).permute(0, 3, 2, 4, 1).softmax(3)
         places = reference.transpose(1, 2)[:, :, None, :, None] + offsets / offsets.new_tensor((w, h))
-        grid = (2 * places - 1).permute(0, 3, 2, 1, 4, 5).reshape(B * 2 * H, Q, P, 2)
+        grid = (2 * places - 1).permute(0, 3, 2, 4, 1, 5).reshape(B * 2 * H, P, Q, 2)
         maps = self.value_proj(value).view(B * 2, h, w, H, self.head_dim).permute(0, 3, 4, 1, 2)
         maps = maps.reshape(B * 2 * H, self.head_dim, h, w)
-        out = _spread(_sample(maps, grid), weights.permute(0, 3, 2, 1, 4).reshape(B * 2 * H, Q, P))
+        out = _spread(_sample(maps, grid), weights.reshape(B * 2 * H, P, Q))
         mean = out.view(B, 2, H * self.head_dim, Q).mean(1).transpose(1, 2)
         return query + self.dropout(self.output_proj(mean))
 
@@ -146,17 +146,17 @@ class CameraAttention(_Sampling):
         K, D = views.points.shape[2:4]
         H, L, P, d = self.heads, self.levels, self.points, self.head_dim
         offsets = self.sampling_offsets(query).view(B, Q, H, L, 1, P // D, D, 2)
-        weights = self.attention_weights(query).view(B, Q, H, L * P).softmax(-1).view(B, Q, H, L, 1, P)
-        weights = (weights * views.weights[:, :, None, None, :, None]).permute(0, 2, 3, 1, 4, 5)
+        weights = self.attention_weights(query).view(B, Q, H, L * P).permute(0, 2, 3, 1).softmax(2)
+        weights = weights.view(B, H, L, 1, P, Q) * views.weights.transpose(1, 2)[:, None, None, :, None]
         value = self.value_proj(value)
         result, start = value.new_zeros(()), 0
         for level, (h, w) in enumerate(shapes):
             places = views.points[:, :, None, :, None] + offsets[:, :, :, level] / offsets.new_tensor((w, h))
-            tall = _tall(places, views.cameras, N, h, w).permute(0, 2, 1, 3, 4, 5, 6)
-            grid = tall.reshape(B * H, Q, K * P, 2)
-            counts = weights[:, :, level].reshape(B * H, Q, K * P)
+            tall = _tall(places, views.cameras, N, h, w).permute(0, 2, 3, 4, 5, 1, 6)
+            grid = tall.reshape(B * H, K * P, Q, 2)
+            counts = weights[:, :, level].reshape(B * H, K * P, Q)
             if far is not None and level == 0:
-                depth = views.depth[:, None, :, :, None].expand(tall.shape[:-1])
+                depth = views.depth.permute(0, 2, 3, 1)[:, None, :, None].expand(tall.shape[:-1])
                 pixels = tall * tall.new_tensor((w / 2, 1.0)) + tall.new_tensor((w / 2, 0.0))
                 likely = weigh(far.picture, pixels.reshape(B, -1, 2), depth.reshape(B, -1), far.bins, (N, h, w))
                 counts = counts * likely.view_as(counts)
@@ -225,12 +225,12 @@ class DeformableAttention(_Sampling):
         H, P, h, w = self.heads, self.points, self.bev_h, self.bev_w
         placed = query + position
         offsets = self.sampling_offsets(placed).view(B, Q, H, P, 2)
-        weights = self.attention_weights(placed).view(B, Q, H, P).softmax(-1)
+        weights = self.attention_weights(placed).view(B, Q, H, P).permute(0, 2, 3, 1).softmax(2)
         places = reference[:, :, None, None] + offsets / offsets.new_tensor((w, h))
-        grid = (2 * places - 1).transpose(1, 2).reshape(B * H, Q, P, 2)
+        grid = (2 * places - 1).permute(0, 2, 3, 1, 4).reshape(B * H, P, Q, 2)
         maps = self.value_proj(bev).view(B, h, w, H, self.head_dim).permute(0, 3, 4, 1, 2)
         maps = maps.reshape(B * H, self.head_dim, h, w)
-        out = _spread(_sample(maps, grid), weights.transpose(1, 2).reshape(B * H, Q, P))
+        out = _spread(_sample(maps, grid), weights.reshape(B * H, P, Q))
         return query + self.dropout(self.output_proj(out.view(B, H * self.head_dim, Q).transpose(1, 2)))
 
 
