@@ -64,13 +64,13 @@ class SearchRun:
             found, control = with_control(task.space, task.evaluate, goals, plan)
         by_hand = Trial(-1, dict(task.hand), dict(task.evaluate(task.hand)), 0.0)
         # what beats the hand design by every goal, where anything does: the score alone trades one for another
-        ahead = dominating(by_hand, found.scored, task.goals) or list(found.scored)
-        winner = max(ahead, key=lambda t: _value(t, task.score))
+        every = everything(found, control)
+        winner = max(dominating(by_hand, every, task.goals) or every, key=lambda t: _value(t, task.score))
         kept = task.keep(winner.candidate, self.out)
         report = self._report(task, found, control, by_hand, winner, kept)
         data = {
             "searched": as_json(found), "control": as_json(control), "hand": _trial(by_hand), "winner": winner.number,
-            "space": task.space.to_json(),
+            "winner_of": (found if winner in found.scored else control).searcher, "space": task.space.to_json(),
         }  # fmt: skip
         write_text(self.out / "search.json", json.dumps(data, indent=1) + "\n")
         report.save(self.out)
@@ -78,7 +78,8 @@ class SearchRun:
 
     def _report(self, task: Task, found: Found, control: Found, by_hand: Trial, winner: Trial, kept: str) -> Report:
         goals = task.goals
-        basis = Measured(device(), "candidates of the supernet", 1, note=f"found among {len(found.scored)} of them")
+        every = everything(found, control)
+        basis = Measured(device(), "candidates of the supernet", 1, note=f"found among {len(every)} of them")
         figures = Figures()
         for name, unit in task.units.items():
             told_by = task.estimated.get(name)
@@ -88,6 +89,12 @@ class SearchRun:
                 if value is not None:
                     figures |= Figures([Figure(f"searched_{name}", value, unit, of, stage)])  # type: ignore[arg-type]
         front = pareto(found.scored, goals)
+        named = [(t, str(t.number) if t in found.scored else f"{control.searcher} {t.number}") for t in every]
+        best = pareto(every, goals)
+        tables = (
+            self._table(task, [(trial, name) for trial, name in named if trial in best], by_hand, winner),
+            _against(task, found, control, by_hand),
+        )
         ahead = len(dominating(by_hand, found.scored, goals))
         notes = [
             f"{found.searcher}: {len(found.scored)} candidates in {found.seconds:.0f} s, {len(front)} on the front; "
@@ -106,21 +113,26 @@ class SearchRun:
             figures=figures,
             judgements=(),
             trace=(),
-            tables=(self._table(task, front, by_hand, winner), _against(task, found, control, by_hand)),
+            tables=tables,
             pictures=(Picture("The front", picture(task, found, control, by_hand, winner)),),
             notes=tuple(notes),
         )
 
-    def _table(self, task: Task, front: Sequence[Trial], by_hand: Trial, winner: Trial) -> dict[str, Any]:
+    def _table(self, task: Task, front: Sequence[tuple[Trial, str]], by_hand: Trial, winner: Trial) -> dict[str, Any]:
         names = list(task.units)
         rows = []
-        for trial, name in [*((t, str(t.number)) for t in front), (by_hand, HAND)]:
+        for trial, name in [*front, (by_hand, HAND)]:
             mark = " (winner)" if trial is winner else ""
             rows.append([name + mark, *(_rounded((trial.metrics or {}).get(n)) for n in names), told(trial.candidate)])
         return {
             "title": "The front", "columns": ["trial", *(_headed(n, task.units[n]) for n in names), "candidate"],
             "rows": rows, "note": "with the supernet's weights, each candidate's batch norms its own",
         }  # fmt: skip
+
+
+def everything(found: Found, control: Found) -> list[Trial]:
+    """The trials with metrics of both: what random search found is evaluated as well, and may win."""
+    return list(found.scored) if control is found else [*found.scored, *control.scored]
 
 
 def dominating(by_hand: Trial, trials: Sequence[Trial], goals: Sequence[Goal]) -> list[Trial]:
