@@ -174,8 +174,9 @@ def _board(
             f"{worst.residual:.0%} of the pixels of a tile differ from {pair.template.name} after registration; "
             "is it the template of this board, and within 16 px of it?"
         )
-    elif alarm is not None and len(inspection.registrations) == 1 and scale == 1 and not large:
-        warnings += alarm.look(statistics(test, template, worst))
+    elif alarm is not None and len(inspection.registrations) == 1 and scale == 1:
+        if not isinstance(test, Packed) and not isinstance(template, Packed):  # one tile, so not packed
+            warnings += alarm.look(statistics(test, template, worst))
     return {
         "image": pair.image_id, "test": str(pair.test), "template": str(pair.template), "size": list(test.shape[::-1]),
         "verdict": "reject" if len(detections) else "accept", "seconds": round(seconds, 4), "warnings": warnings,

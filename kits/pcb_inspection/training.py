@@ -122,7 +122,8 @@ def collate(planes: list[np.ndarray], truths: list[tuple[np.ndarray, np.ndarray]
 
 def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The training loss of a batch, a scalar."""
-    return _lost(*model(batch["images"]), batch)
+    logits, distances = model(batch["images"])
+    return _lost(logits, distances, batch)
 
 
 def fast_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
