@@ -158,7 +158,9 @@ def test_a_search_from_end_to_end(tmp_path: Path) -> None:
     found = json.loads((out / "search.json").read_text())
     assert len(found["searched"]["trials"]) == len(found["control"]["trials"]) == 6
     design = load_design(out / "winner" / "design.json")
-    winner = {t["number"]: t["candidate"] for t in found["searched"]["trials"]}[found["winner"]]
+    part = "control" if found["winner_of"] == "random" else "searched"
+    assert found[part]["searcher"] == found["winner_of"]
+    winner = {t["number"]: t["candidate"] for t in found[part]["trials"]}[found["winner"]]
     assert design == design_of(winner)
     assert main(["search", "pcb_inspection", "--preset", "smoke", "--trials", "8", "--out", str(out), "--resume"]) == 0
     assert len(json.loads((out / "search.json").read_text())["searched"]["trials"]) == 8
@@ -171,16 +173,17 @@ def test_what_an_ensemble_says_reaches_the_loss_at_the_size_of_the_one_that_lear
     ready = board(160)
     batch = training.collate([stack(ready.test, ready.template)], [(ready.boxes, ready.labels)])
     told = training.told(larger, batch["images"])
-    apart = [d.eval()(batch["images"])[0].sigmoid() for d in larger]
+    with torch.no_grad():
+        apart = [d.eval()(batch["images"])[0].sigmoid() for d in larger]
     assert told.shape == (1, 6, 20, 20) and not told.requires_grad
     torch.testing.assert_close(told, (apart[0] + apart[1]) / 2, atol=5e-3, rtol=0.05)  # bfloat16 where there is some
     small = PairDetector(Design(size=size))
     seen = resized({**batch, "taught": told}, size)
     cells = seen["images"].shape[-1] // 8
     assert seen["taught"].shape == (1, 6, cells, cells)
-    with_it, without = (
-        float(training.loss(small, b)) for b in (seen, {k: v for k, v in seen.items() if k != "taught"})
-    )
+    untaught = {name: value for name, value in seen.items() if name != "taught"}
+    with torch.no_grad():
+        with_it, without = (float(training.loss(small, each)) for each in (seen, untaught))
     assert with_it > without
 
 
