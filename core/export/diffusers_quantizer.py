@@ -109,6 +109,10 @@ def save_packed(
             if isinstance(part, nn.Module):
                 stack.enter_context(_as_stored(part))
         pipeline.save_pretrained(stage, safe_serialization=True)
+        for file in stage.glob("*/config.json"):  # where a part was loaded from is this machine's own
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                write_text(file, json.dumps(config, indent=2) + "\n")
         for name, text in (texts or {}).items():
             write_text(stage / name, text)
 

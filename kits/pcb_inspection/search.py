@@ -24,6 +24,7 @@ from core.nas import (
     Space,
     Steps,
     cut,
+    largest,
     train_supernet,
     weighted,
 )
@@ -123,8 +124,7 @@ class Supernet(PairDetector):
     optional = ("down32.*", "stage32.*", "lateral32")
 
     def __init__(self) -> None:
-        top: dict[str, Any] = {name: choice.values[-1] for name, choice in CHOICES.items()}
-        super().__init__(design_of(top), Elastic(), smaller=(3,))
+        super().__init__(design_of(largest(self.space)), Elastic(), smaller=(3,))
 
     def configure(self, candidate: Candidate) -> None:
         """Set every layer to a candidate."""
@@ -220,7 +220,7 @@ class Judge:
 
     def largest(self) -> PairDetector:
         """The candidate that holds all others' weights, as a teacher of the winner."""
-        top: dict[str, Any] = {name: choice.values[-1] for name, choice in CHOICES.items()}
+        top = largest(Supernet.space)
         detector = PairDetector(design_of(top))
         detector.load_state_dict(self.network(top).state_dict())
         return detector.eval()

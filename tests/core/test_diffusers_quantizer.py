@@ -85,6 +85,13 @@ def test_pipeline_loads_packed_and_draws_what_the_original_draws(source: Path, f
     assert np.abs(picture(pipe) - picture(original)).max() < 0.02
 
 
+def test_the_folder_does_not_tell_where_its_parts_were_loaded_from(folder: Path, tmp_path: Path) -> None:
+    save_packed(load_pipeline(folder), tmp_path / "again")
+    configs = sorted((tmp_path / "again").glob("*/config.json"))
+    assert len(configs) >= 3 and not [file for file in configs if "_name_or_path" in file.read_text()]
+    load_pipeline(tmp_path / "again")
+
+
 def test_half_precision_is_of_the_computation_and_not_of_the_scales(folder: Path) -> None:
     pipe = load_pipeline(folder, dtype=torch.bfloat16)
     assert pipe.unet.conv_in.weight.dtype == pipe.text_encoder.dtype == torch.bfloat16

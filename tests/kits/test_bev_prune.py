@@ -123,6 +123,8 @@ def test_steps_follow_the_order_of_the_notes_and_count_what_they_say(pruned: Pru
     assert [e.step.parts for e in trace] == [  # type: ignore[attr-defined]
         prune.BACKBONE, prune.FEED_FORWARD, prune.VALUES, prune.REGRESSION, (*prune.HEADS, *prune.DENSE),
     ]  # fmt: skip
+    ranked = prune.prune_steps(like=prune.Prune(0.6, importance="taylor", allocation="global"))
+    assert [s.allocation for s in ranked] == ["global", "global", "global", "uniform", "global"]
     ffns = trace[1].changed[0]["outputs"]
     layers = [m for n, m in model.named_modules() if n.endswith("ffns.0.layers.0.0")]
     left = [m for n, m in small.named_modules() if n.endswith("ffns.0.layers.0.0")]

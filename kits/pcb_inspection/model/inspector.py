@@ -114,7 +114,8 @@ def _each(
     Registration and suppression take one thread as well, so that a thread a tile keeps all of them busy.
     """
     origin = origin_of(module)
-    threads = 1 if origin is None else origin.threads or os.cpu_count() or 1
+    # a copy takes a while to make: none for less than half of _MANY tiles
+    threads = 1 if origin is None else min(origin.threads or os.cpu_count() or 1, max(1, 2 * len(places) // _MANY))
     torches = origin is None or origin.artifact.variant(origin.variant).runtime == "torch"
     if origin is None or torches or threads == 1 or len(places) < _MANY:
         yield from (look(module, place) for place in places)
