@@ -1,6 +1,7 @@
 """What a LiDAR teacher gives the camera detector, by day and by night: training with and without it, by seeds.
 
     python benchmarks/bev_lidar.py --out DIR [--weights FILE] [--seeds 3] [--epochs 1] [--share 1] [--teacher-epochs 8]
+        [--heads FILE]
 
 Setup: a teacher that sees pillars of LiDAR points is trained on the generated streets; then each seed trains the
 shipped detector on, once towards the teacher's BEV and once without, on the same frames in the same order, and both are
@@ -49,6 +50,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=1)
     options.add_argument("--share", type=float, default=1.0)
     options.add_argument("--teacher-epochs", type=int, default=8)
+    options.add_argument("--heads", type=Path, help="what only training has, of the detector's last training")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     kit = BevPerception()
@@ -69,7 +71,9 @@ def main() -> None:
         run: dict[str, Any] = {"seed": seed}
         for name, weight in (("alone", 0.0), ("taught", 1.0)):
             place = given.out / f"{name}-{seed}.safetensors"
-            step = LearnFromLidar(str(path), given.epochs, weight=weight, share=given.share, seed=seed)
+            step = LearnFromLidar(
+                str(path), given.epochs, weight=weight, share=given.share, seed=seed, heads=str(given.heads or "")
+            )
             learnt: nn.Module = original
             if place.exists():
                 learnt = kit.model(place)

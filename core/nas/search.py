@@ -95,11 +95,14 @@ def pareto(trials: Sequence[Trial], goals: Sequence[Goal]) -> list[Trial]:
     return front
 
 
-def weighted(accuracy: float, latency: float, target: float, w: float = -0.07) -> float:
-    """accuracy x (latency / target)^w, as MnasNet's reward (Tan et al. 2019); `w` below 0 charges for time."""
+def weighted(accuracy: float, latency: float, target: float, w: float = -0.07, within: float | None = None) -> float:
+    """accuracy x (latency / target)^w, as MnasNet's reward (Tan et al. 2019); `w` below 0 charges for time.
+
+    `within` is the exponent up to the target (default: `w`): 0 with `w` -1 is their hard constraint.
+    """
     if latency <= 0 or target <= 0:
         raise InputError(f"weighted: latency {latency} and target {target} must be above 0")
-    return accuracy * (latency / target) ** w
+    return accuracy * (latency / target) ** (w if within is None or latency > target else within)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from core.quantization.half import Half as Half
 from core.quantization.half import half_layers as half_layers
 from core.quantization.half import weights_alone as weights_alone
 from core.quantization.layer_sensitivity import choose_precisions as choose_precisions
+from core.quantization.layer_sensitivity import half_errors as half_errors
 from core.quantization.layer_sensitivity import precision_errors as precision_errors
 from core.quantization.layer_sensitivity import sensitivity_rows as sensitivity_rows
 from core.quantization.mixed import MixedPrecision as MixedPrecision

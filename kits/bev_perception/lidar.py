@@ -42,7 +42,8 @@ SCHEDULES: Mapping[str, Schedule] = {
 class LearnFromLidar(Step):
     """Train the cameras' detector as it was trained and, `weight` times, towards the BEV of a LiDAR teacher.
 
-    `teacher` is a safetensors file of `train_teacher`. The BEVs are compared where something stands, through a linear
+    `teacher` is a safetensors file of `train_teacher`, `heads` one of what only training has (see `train_detector`),
+    which otherwise begins at random. The BEVs are compared where something stands, through a linear
     layer that is thrown away after, since the two have no common channels. With `weight` 0 the same training without a
     teacher, which is what its gain is told against. An epoch shows a `share` of the scenes, others each time.
     """
@@ -53,6 +54,7 @@ class LearnFromLidar(Step):
     weight: float = 1.0
     share: float = 1.0
     seed: int = 0
+    heads: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -176,7 +178,12 @@ def learn_from_lidar(model: nn.Module, step: LearnFromLidar, context: Context) -
         load_weights(teacher, path)
         teacher.eval()
     samples = context.kit.dataset(context.data, "train", context.preset)
-    learning = _Learning(learner_of(model, samples), teacher, step.weight)
+    learner = learner_of(model, samples)
+    if step.heads:
+        if not Path(step.heads).is_file():
+            raise InputError(f"LearnFromLidar.heads: {step.heads!r}: no such file; leave it out to begin at random")
+        load_weights(learner.heads(), Path(step.heads))
+    learning = _Learning(learner, teacher, step.weight)
     schedule = Schedule(step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.1, clip=10.0, seed=step.seed)
 
     batches, steps = shown(samples, LANES, step.share, step.seed)

@@ -26,6 +26,7 @@ from core.quantization import (
     Quantize,
     Quantizer,
     choose_precisions,
+    half_errors,
     half_layers,
     precision_errors,
     quant_layers,
@@ -331,6 +332,27 @@ def test_mixed_precision_chooses_and_is_restored(tmp_path: Path) -> None:
     none, trace = compress(net(), Recipe("m", (MixedPrecision(layers=("backbone.*",), half=("head.*",), budget=0.0,
                            probes=2, samples=3),), "", ""), StreamKit())  # fmt: skip
     assert not quant_layers(none) and {s.why for s in trace[0].skipped} == {"stays in FP32: chosen under the budget"}
+
+
+def test_a_short_trial_puts_the_head_into_fp16_at_once_where_that_costs_little() -> None:
+    shared = {"layers": ("backbone.*",), "half": ("head.*",), "probes": 2, "samples": 3}
+    recipe = Recipe("m", (MixedPrecision(**shared, budget=1.0),), "", "")
+    small, trace = compress(net(), recipe, StreamKit(), preset="smoke")
+    assert half_layers(small) == ["head.first", "head.norm", "head.attn", "head.attn.out_proj", "head.last"]
+    assert sorted(quant_layers(small)) == ["backbone.0", "backbone.1", "backbone.2"]
+    total, at_once = trace[0].changed[:2]
+    assert at_once["what"].startswith("sensitivity: 5 layers tried in FP16 all at once")
+    ones = [row for row in trace[0].changed if "int8_by_output" in row]
+    assert total["summed_error"] == pytest.approx(at_once["fp16_error"] + sum(row["int8_error"] for row in ones))
+    names = ["head.first", "head.last"]
+    both = half_errors(net(), [inputs(1)], names)
+    alone = precision_errors(net(), [inputs(1)], Plan(layers=("backbone.*",)), names)
+    assert both[0] > 0 and all(both[0] != alone[name]["fp16"][0] for name in names), (both, alone)
+    # a budget that this would break is shared out layer by layer
+    tight = Recipe("m", (MixedPrecision(**shared, budget=5 * at_once["fp16_error"]),), "", "")
+    _, trace = compress(net(), tight, StreamKit(), preset="smoke")
+    assert not any("at once" in str(row["what"]) for row in trace[0].changed)
+    assert trace[0].changed[0]["summed_error"] <= 5 * at_once["fp16_error"]
 
 
 def test_outputs_that_say_nothing_are_listed_and_not_counted() -> None:

@@ -203,6 +203,8 @@ def test_accuracy_is_weighed_against_time_as_published() -> None:
     # MnasNet's example: with w = -0.07 twice the latency costs about 5 % of the accuracy
     assert weighted(0.75, 80.0, 80.0) == 0.75
     assert weighted(1.0, 160.0, 80.0) == pytest.approx(0.9526, abs=1e-4)
+    hard = {"w": -1.0, "within": 0.0}
+    assert [weighted(1.0, ms, 80.0, **hard) for ms in (40.0, 80.0, 160.0)] == [1.0, 1.0, 0.5]
     with pytest.raises(InputError, match="above 0"):
         weighted(0.5, 0.0, 80.0)
 

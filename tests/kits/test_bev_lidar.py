@@ -21,6 +21,7 @@ from kits.bev_perception.lidar import LearnFromLidar, cloud, foreground, observe
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.loss import Truth
 from kits.bev_perception.model.teacher import LidarTeacher
+from kits.bev_perception.training import learner_of
 from tests.kits.test_bev_training import PROPOSING, boxes_at
 
 
@@ -120,6 +121,19 @@ def test_cameras_learn_from_a_teacher_and_stay_what_they_are(samples: list[Keyfr
         assert "loss" in trace[0].changed[0]["what"]
     moved = [name for name in made[1.0] if not torch.equal(made[0.0][name], made[1.0][name])]
     assert "img_backbone.conv1.weight" in moved
+    torch.manual_seed(1)
+    heads = learner_of(net, samples).heads()
+    save_weights(heads, tmp_path / "heads.safetensors")
+    by_heads = []
+    for name in ("", "", str(tmp_path / "heads.safetensors")):
+        torch.manual_seed(2)
+        step = LearnFromLidar("", epochs=1, lr=1e-3, weight=0.0, heads=name)
+        by_heads.append(compress(net, Recipe("r", (step,), "", ""), kit)[0].state_dict())  # type: ignore[arg-type]
+    moved = [[n for n in s if not torch.equal(s[n], by_heads[0][n])] for s in by_heads[1:]]
+    assert not moved[0] and "img_backbone.conv1.weight" in moved[1]
+    gone = LearnFromLidar("", weight=0.0, heads="gone.safetensors")
+    with pytest.raises(InputError, match=r"heads: 'gone\.safetensors'"):
+        compress(net, Recipe("r", (gone,), "", ""), kit)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
