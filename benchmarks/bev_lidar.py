@@ -1,11 +1,11 @@
 """What a LiDAR teacher gives the camera detector, by day and by night: training with and without it, by seeds.
 
     python benchmarks/bev_lidar.py --out DIR [--weights FILE] [--seeds 3] [--epochs 1] [--share 1] [--teacher-epochs 8]
-        [--heads FILE]
+        [--heads FILE] [--split test]
 
 Setup: a teacher that sees pillars of LiDAR points is trained on the generated streets; then each seed trains the
 shipped detector on, once towards the teacher's BEV and once without, on the same frames in the same order, and both are
-scored in torch on the held-out streets. The gain is that of each pair; its interval is Student's over the seeds. Every
+scored in torch on the held-out streets (or those of --split val). The gain is that of each pair; its interval is Student's over the seeds. Every
 training leaves its weights in --out and is not done again. Leaves `lidar.json` in --out.
 """
 
@@ -51,11 +51,12 @@ def main() -> None:
     options.add_argument("--share", type=float, default=1.0)
     options.add_argument("--teacher-epochs", type=int, default=8)
     options.add_argument("--heads", type=Path, help="what only training has, of the detector's last training")
+    options.add_argument("--split", choices=("val", "test"), default="test")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     kit = BevPerception()
     original = kit.model(given.weights)
-    train, test = kit.dataset(None, "train"), kit.dataset(None, "test")
+    train, test = kit.dataset(None, "train"), kit.dataset(None, given.split)
     path = given.out / "teacher.safetensors"
     if not path.exists():
         schedule = replace(SCHEDULES["full"], epochs=given.teacher_epochs)
@@ -63,7 +64,8 @@ def main() -> None:
     teacher = LidarTeacher(CONFIG).eval()
     load_weights(teacher, path)
     result: dict[str, Any] = {
-        "date": today(), "device": device(), "runtime": f"torch {torch.__version__}", "frames": len(test),
+        "date": today(), "device": device(), "runtime": f"torch {torch.__version__}", "split": given.split,
+        "frames": len(test), "teacher_epochs": given.teacher_epochs,
         "epochs": given.epochs, "share": given.share, "teacher": scores(observed_by_lidar(teacher, test), test),
         "before": scores(observed(original, test, CONFIG, "before"), test), "runs": [],
     }  # fmt: skip

@@ -16,12 +16,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 from core.evaluation.measure import device, runtime_title
 from core.evaluation.memory import resident
@@ -30,7 +28,8 @@ from core.figures import today
 from core.files import write_text
 from kits.pcb_inspection import KIT
 from kits.pcb_inspection.conditional import conditional, gate_on
-from kits.pcb_inspection.data.deeppcb import Pair, find_pairs
+from kits.pcb_inspection.data.deeppcb import find_pairs
+from kits.pcb_inspection.data.scan import laid_out
 from kits.pcb_inspection.model.inspector import inspect, tile_count
 from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
@@ -39,24 +38,6 @@ THREADS = 2
 VARIANT = "int8-openvino"
 Scan = tuple[Grey, Grey] | tuple[Packed, Packed]
 WAYS = ("dense", "gated")
-
-
-def laid_out(pairs: Sequence[Pair], side: int) -> tuple[Grey, Grey, int]:
-    """(test, template, defects) of boards side by side, cut off at `side` pixels."""
-    test, template = np.full((side, side), 255, np.uint8), np.full((side, side), 255, np.uint8)
-    step = max(max(image.shape) for pair in pairs for image in pair.load())
-    number = defects = 0
-    for top in range(0, side, step):
-        for left in range(0, side, step):
-            pair = pairs[number % len(pairs)]
-            here = np.s_[top : top + step, left : left + step]
-            for whole, image in zip((test, template), pair.load()):
-                room = whole[here]
-                height, width = (min(a, b) for a, b in zip(room.shape, image.shape))
-                room[:height, :width] = image[:height, :width]
-            defects += int(sum(left + box[2] <= side and top + box[3] <= side for box in pair.boxes))
-            number += 1
-    return test, template, defects
 
 
 def timed(artifact: Artifact, way: str, scan: Scan, rounds: int) -> dict[str, Any]:

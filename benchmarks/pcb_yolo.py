@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from kits.pcb_inspection.acceptance import score
-from kits.pcb_inspection.baseline import ARCHITECTURES, detect_yolo, train_yolo
+from kits.pcb_inspection.baseline import ARCHITECTURES, detect_yolo, exported, train_yolo
 from kits.pcb_inspection.data.deeppcb import split
 from kits.pcb_inspection.frozen import freeze_threshold
 from kits.pcb_inspection.predictions import write_predictions
@@ -32,7 +32,8 @@ def main() -> None:
     given = options.parse_args()
     sets = {name: split(given.data, name) for name in ("train", "val", "holdout")}
     weights = train_yolo(given.architecture, sets["train"], sets["val"], given.out, given.epochs, given.resume)
-    found = {name: detect_yolo(weights, given.architecture, sets[name], THREADS) for name in ("val", "holdout")}
+    file = exported(given.architecture, weights)
+    found = {name: detect_yolo(file, sets[name], THREADS) for name in ("val", "holdout")}
     truths = {name: {p.image_id: (p.boxes, p.labels) for p in pairs} for name, pairs in sets.items()}
     threshold = freeze_threshold(found["val"], truths["val"])
     metrics = score(found["holdout"], truths["holdout"], threshold, {p.image_id: p.group for p in sets["holdout"]})

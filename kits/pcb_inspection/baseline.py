@@ -27,6 +27,7 @@ from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 from kits.pcb_inspection.model.decode import FLOOR, MOST
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
 from kits.pcb_inspection.model.inspector import TILE
+from kits.pcb_inspection.model.pair import Grey
 
 STRIDES = (8, 16, 32)
 ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
@@ -53,13 +54,16 @@ def speed_baselines(samples: Sequence[Pair], threads: int) -> dict[str, Callable
     return {UNTRAINED: lambda: _detect(module, next(decoded))}
 
 
-def exported(architecture: str, weights: Path | None = None) -> Path:
+def exported(architecture: str, weights: Path | None = None, calibration: Sequence[Pair] = ()) -> Path:
     """The OpenVINO file of a YOLO for this task at 640 x 640, made once through Ultralytics' own export.
 
-    `weights` are those of `train_yolo`; None gives the architecture with random weights.
+    `weights` are those of `train_yolo`; None gives the architecture with random weights. With `calibration` it is INT8,
+    as Ultralytics quantizes after training: on those boards, its head in floating point.
     """
     _check(architecture)
-    place = cache_folder(f"{architecture}-640-{len(CLASSES)}", [weights] if weights else [])
+    precision = f"-int8-{len(calibration)}" if calibration else ""
+    sources = [*([weights] if weights else []), *(pair.test for pair in calibration)]
+    place = cache_folder(f"{architecture}-640-{len(CLASSES)}{precision}", sources)
     if not place.is_dir():
         with tempfile.TemporaryDirectory(dir=place.parent) as work:
             # Ultralytics writes its export beside the weights, so they are put where nothing else is
@@ -69,10 +73,22 @@ def exported(architecture: str, weights: Path | None = None) -> Path:
             model = _yolo(architecture, source if weights is not None else None)
             model.ckpt_path = str(source)
             model.model.pt_path = str(source)
+            asked: dict[str, Any] = {"format": "openvino", "imgsz": TILE, "dynamic": False, "verbose": False}
+            if calibration:
+                boards = write_yolo_dataset(calibration, calibration, Path(work) / "boards")
+                asked |= {"quantize": 8, "data": str(boards), "batch": 1}
             with contextlib.redirect_stderr(io.StringIO()):  # its deprecation warnings are none of the user's business
-                made = Path(model.export(format="openvino", imgsz=TILE, dynamic=False, verbose=False))
+                made = Path(model.export(**asked))
             os.replace(made, place)
     return next(place.glob("*.xml"))
+
+
+def yolo_macs(architecture: str) -> float:
+    """Multiply-accumulates of a YOLO for this task at 640 x 640, as Ultralytics counts them."""
+    network = _yolo(architecture, None).model
+    from ultralytics.utils.torch_utils import get_flops
+
+    return float(get_flops(network, TILE)) * 1e9 / 2
 
 
 def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path) -> Path:
@@ -110,12 +126,18 @@ def train_yolo(
     return last.with_name("best.pt")
 
 
-def detect_yolo(weights: Path, architecture: str, pairs: Sequence[Pair], threads: int) -> dict[str, np.ndarray]:
-    """Image id -> detections (n, 6) of a trained YOLO, run in OpenVINO, suppressed class-blind as ours are."""
+def detect_yolo(file: Path, pairs: Sequence[Pair], threads: int) -> dict[str, np.ndarray]:
+    """Image id -> detections (n, 6) of an `exported` YOLO, run in OpenVINO, suppressed class-blind as ours are."""
+    detect = detector(file, threads)
+    return {p.image_id: detect(p.load()[0]) for p in pairs}
+
+
+def detector(file: Path, threads: int) -> Callable[[Grey], np.ndarray]:
+    """An `exported` YOLO: a grey tile (640, 640) to detections (n, 6), normalising and suppression included."""
     from core.export.openvino import OpenVINOModule
 
-    module = OpenVINOModule(exported(architecture, weights), threads, as_tuple=False)
-    return {p.image_id: _detect(module, np.repeat(p.load()[0][None, None], 3, 1)) for p in pairs}
+    module = OpenVINOModule(file, threads, as_tuple=False)
+    return lambda tile: _detect(module, np.repeat(tile[None, None], 3, 1))
 
 
 def yolo_teacher(weights: Path) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.kit import InputError
-from kits.pcb_inspection import baseline
+from kits.pcb_inspection import KIT, baseline
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     for call in (
         lambda: baseline.exported("yolov5n"),
         lambda: baseline.train_yolo("yolov5n", [], [], tmp_path, 1),
-        lambda: baseline.detect_yolo(tmp_path / "best.pt", "yolov5n", [], 1),
+        lambda: baseline.yolo_macs("yolov5n"),
     ):
         with pytest.raises(InputError, match=r"YOLO 'yolov5n' is not known here; known are yolov8n, yolo11n, yolo26n"):
             call()
@@ -109,3 +109,15 @@ def test_an_end_to_end_output_is_taken_as_it_is() -> None:
     rows = torch.zeros(1, 300, 6)
     rows[0, 0] = torch.tensor([40.0, 35, 60, 45, 0.9, 2])
     np.testing.assert_allclose(baseline._detect(Output(rows), IMAGE), rows[0, :1])
+
+
+@pytest.mark.slow
+def test_a_yolo_is_quantized_by_its_own_tool_and_detects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ultralytics")
+    monkeypatch.setenv("FITKIT_CACHE", str(tmp_path))
+    boards = KIT.dataset(None, "train", "smoke")[:4]
+    plain, small = baseline.exported("yolov8n"), baseline.exported("yolov8n", None, boards)
+    assert small.with_suffix(".bin").stat().st_size < 0.4 * plain.with_suffix(".bin").stat().st_size
+    found = baseline.detect_yolo(small, boards[:1], 1)
+    assert list(found) == [boards[0].image_id] and found[boards[0].image_id].shape[1] == 6
+    assert 3e9 < baseline.yolo_macs("yolov8n") < 5e9
