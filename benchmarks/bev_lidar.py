@@ -4,9 +4,10 @@
         [--heads FILE] [--split test]
 
 Setup: a teacher that sees pillars of LiDAR points is trained on the generated streets; then each seed trains the
-shipped detector on, once towards the teacher's BEV and once without, on the same frames in the same order, and both are
-scored in torch on the held-out streets (or those of --split val). The gain is that of each pair; its interval is Student's over the seeds. Every
-training leaves its weights in --out and is not done again. Leaves `lidar.json` in --out.
+shipped detector on, once towards the teacher's BEV and once without, on the same frames in the same order, and both
+are scored in torch on the held-out streets (or those of --split val). The gain is that of each pair; its interval is
+Student's over the seeds. Every training leaves its weights in --out and is not done again. Leaves `lidar.json` in
+--out.
 """
 
 from __future__ import annotations
