@@ -1,11 +1,12 @@
-"""What an ensemble of larger detectors as teacher is worth to the detector that a search has found.
+"""What a better detector as teacher is worth to one that a search has found.
 
-    python benchmarks/pcb_distil.py --search DIR --out DIR [--data DIR] [--epochs 24] [--preset full]
+    python benchmarks/pcb_distil.py --weights DIR --out DIR [--data DIR] [--epochs 16] [--teacher DIR] [--preset full]
 
-Setup: the winner of `fitkit search` in --search, cut from its supernet, is trained on for --epochs twice with the same
-batches: by the annotations alone, and towards the supernet's largest candidate as well. Each keeps its best epoch by
-mAP50-95 on validation boards; both are scored in torch on the report split, which neither looked at. Leaves
-`distil.json` in --out with the gain and its 95 % interval over boards drawn again; a training that is done is kept.
+Setup: the detector in --weights (what `fitkit search` left in `winner`) is trained on for --epochs twice with the same
+batches: by the annotations alone, and towards a teacher as well, the shipped detector or that of --teacher. Each keeps
+its best epoch by mAP50-95 on validation boards; both are scored in torch on the report split, which neither looked at.
+Leaves `alone` and `taught`, which `fitkit run --weights` takes, and `distil.json` in --out, with the gain and its 95 %
+interval over boards drawn again; a training that is done is kept, one that was killed goes on.
 """
 
 from __future__ import annotations
@@ -25,48 +26,43 @@ from core.weights import load_weights, save_weights
 from kits.pcb_inspection import KIT, search, training
 from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.resolution import seen_at
-from kits.pcb_inspection.model.design import FILE, load_design
+from kits.pcb_inspection.model.design import FILE, load_design, save_design
 from kits.pcb_inspection.model.network import CLASS_COUNT, PairDetector
 
+WEIGHTS = "fp32.safetensors"
 AGAIN = 400
 """Times that the boards are drawn again."""
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--search", type=Path, required=True)
+    options.add_argument("--weights", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--data", type=Path)
-    options.add_argument("--epochs", type=int, default=24)
+    options.add_argument("--epochs", type=int, default=16)
+    options.add_argument("--lr", type=float, default=6e-4)
+    options.add_argument("--teacher", type=Path)
     options.add_argument("--preset", choices=("smoke", "full"), default="full")
-    options.add_argument("--only", choices=("alone", "taught"), help="train this one and leave the rest")
     given = options.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    train, validation = (KIT.dataset(given.data, split, given.preset) for split in ("train", "val"))
-    judge = search.Judge(
-        search.Setup(str(given.search), str(given.data or "") or None, given.preset), train, validation
-    )
-    design = load_design(given.search / "winner" / FILE)
-    basis = training.SCHEDULES[given.preset]
-    schedule = replace(basis, epochs=given.epochs, lr=basis.lr / 2)
-    trained = {}
-    for way in ("alone", "taught"):
-        if given.only not in (None, way):
-            continue
-        detector, place = PairDetector(design), given.out / f"{way}.safetensors"
-        if place.exists():
-            load_weights(detector, place)
-        else:
-            detector.load_state_dict(judge.network(search.candidate_of(design)).state_dict())
-            folder = given.out / way
-            training.train_detector(
-                prepare(train), judge.validation, schedule, folder, folder.is_dir(), start=detector,
-                larger=[judge.largest()] if way == "taught" else (),
-            )  # fmt: skip
-            save_weights(detector, place)
+    train, validation = (prepare(KIT.dataset(given.data, split, given.preset)) for split in ("train", "val"))
+    design, teacher = load_design(given.weights / FILE), KIT.model(given.teacher)
+    assert isinstance(teacher, PairDetector)
+    schedule = replace(training.SCHEDULES[given.preset], epochs=given.epochs, lr=given.lr, evaluate_every=2, seed=1)
+    trained: dict[str, PairDetector] = {}
+    for way in ("taught", "alone"):
+        place, detector = given.out / way, PairDetector(design)
+        if not (place / WEIGHTS).exists():
+            load_weights(detector, given.weights / WEIGHTS)
+            place.mkdir(parents=True, exist_ok=True)
+            save_design(design, place / FILE)
+            folder, larger = place / "training", [teacher] if way == "taught" else []
+            fitted = training.train_detector(
+                train, validation, schedule, folder, folder.is_dir(), start=detector, larger=larger
+            )
+            save_weights(fitted.model, place / WEIGHTS)
+        load_weights(detector, place / WEIGHTS)
         trained[way] = detector.eval()
-    if given.only:
-        return
+        print(way, search.average_precision(detector, validation, design.size), "% on validation boards", flush=True)
     report = prepare(KIT.dataset(given.data, KIT.report_split(given.data), "full"))
     boards = [seen_at(pair, design.size) for pair in report]
     truths = {b.image_id: (b.boxes, b.labels) for b in boards}

@@ -60,6 +60,27 @@ def markdown_tiny(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_lidar(found: dict[str, Any]) -> str:
+    """What a LiDAR teacher gave, by day and by night, with intervals over the seeds."""
+    runs = found["runs"]
+    head = ("figure", "LiDAR teacher", "before", "trained on alone", "with the teacher", "gain [points]", "relative")
+    lines = ["| " + " | ".join(head) + " |", "|:--" + "|--:" * (len(head) - 1) + "|"]
+    for key, before in found["before"].items():
+        means = [sum(run[way][key] for run in runs) / len(runs) for way in ("alone", "taught")]
+        (gain, low, high), relative = found[f"gain_{key}"]["points"], found[f"gain_{key}"]["relative"]
+        metric, group = key.split("_")
+        cells = [f"{v:.2f}" for v in (found["teacher"][key], before, *means)]
+        told = "" if relative is None else f"{100 * relative[0]:+.1f} %"
+        name = {"nds": "NDS", "map": "mAP"}[metric] + ("" if group == "all" else f", {group}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {gain:+.2f} ({low:+.2f} to {high:+.2f}) | {told} |")
+    told = (
+        f"{len(runs)} seeds, {found['epochs']:g} epoch(s) of {100 * found['share']:.0f} % of the training scenes each; "
+        f"{found['frames']} frames of the split {found['split']}, in {found['runtime']}; intervals of the gain are "
+        "Student's of 95 % over the seeds."
+    )
+    return "\n".join([*lines, "", told])
+
+
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
@@ -76,6 +97,10 @@ def rendered() -> dict[Path, str]:
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         if (tiny := reports / "tiny.json").is_file():
             text = replace_block(text, f"{path.parent.name}-tiny", markdown_tiny(read_json(tiny)))
+        if (whole := reports / "whole.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-whole", markdown_gates(read_json(whole)))
+        if (lidar := reports / "lidar.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-lidar", markdown_lidar(read_json(lidar)))
         texts[path] = text
     return texts
 

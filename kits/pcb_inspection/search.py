@@ -219,11 +219,20 @@ class Judge:
         }
 
     def largest(self) -> PairDetector:
-        """The candidate that holds all others' weights, as a teacher of the winner."""
+        """The candidate that holds all others' weights."""
         top = largest(Supernet.space)
         detector = PairDetector(design_of(top))
         detector.load_state_dict(self.network(top).state_dict())
         return detector.eval()
+
+    def teacher(self) -> tuple[PairDetector, str]:
+        """The better on validation boards of the largest candidate and the detector that ships, and its name."""
+        from kits.pcb_inspection import KIT
+
+        shipped: Any = KIT.model()
+        known = {"the supernet's largest candidate": self.largest(), "the detector that ships": shipped}
+        best = max(known, key=lambda name: average_precision(known[name], self.validation, known[name].design.size))
+        return known[best], best
 
     def network(self, candidate: Candidate) -> nn.Module:
         """A candidate with the supernet's weights and batch norms of its own."""
@@ -339,16 +348,16 @@ class DetectorTask:
         ready = prepare(_pairs(self.setup, "train"))
         basis = training.SCHEDULES[self.setup.preset]
         schedule = replace(basis, epochs=FINISHED[self.setup.preset], lr=basis.lr / 2)
+        teacher, name = judge.teacher()
         fitted = training.train_detector(
             ready, judge.validation, schedule, place / "training", (place / "training").is_dir(), start=detector,
-            larger=[judge.largest()],
+            larger=[teacher],
         )  # fmt: skip
         save_weights(fitted.model, place / "fp32.safetensors")
         after = average_precision(fitted.model.eval(), judge.validation, design.size)
         return (
-            f"the winner was trained on for {schedule.epochs} epochs, towards the supernet's largest candidate as "
-            f"well: mAP50-95 on the validation boards {before:.2f} "
-            f"to {after:.2f} %; quantize and score it with: fitkit run pcb_inspection --weights {place}"
+            f"the winner was trained on for {schedule.epochs} epochs, towards {name} as well: mAP50-95 on the "
+            f"validation boards {before:.2f} to {after:.2f} %; quantize and score it with: fitkit run pcb_inspection --weights {place}"
         )
 
 
