@@ -357,7 +357,8 @@ class DetectorTask:
         after = average_precision(fitted.model.eval(), judge.validation, design.size)
         return (
             f"the winner was trained on for {schedule.epochs} epochs, towards {name} as well: mAP50-95 on the "
-            f"validation boards {before:.2f} to {after:.2f} %; quantize and score it with: fitkit run pcb_inspection --weights {place}"
+            f"validation boards {before:.2f} to {after:.2f} %; quantize and score it with: "
+            f"fitkit run pcb_inspection --weights {place}"
         )
 
 
