@@ -112,6 +112,7 @@ def test_an_end_to_end_output_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ultralytics' and NNCF's own
 def test_a_yolo_is_quantized_by_its_own_tool_and_detects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ultralytics")
     monkeypatch.setenv("FITKIT_CACHE", str(tmp_path))
