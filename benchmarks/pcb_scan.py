@@ -30,7 +30,7 @@ from kits.pcb_inspection import KIT
 from kits.pcb_inspection.conditional import conditional, gate_on
 from kits.pcb_inspection.data.deeppcb import find_pairs
 from kits.pcb_inspection.data.scan import laid_out
-from kits.pcb_inspection.model.inspector import inspect, tile_count
+from kits.pcb_inspection.model.inspector import input_side, inspect, tile_count
 from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
 
@@ -79,7 +79,7 @@ def main() -> None:
     pairs = KIT.dataset(given.data, KIT.report_split(given.data), "full")
     models, meta = KIT.shipped()
     if "gate" not in meta:
-        meta = {**meta, "gate": gate_on(KIT.dataset(given.data, "val", "full"))}
+        meta = {**meta, "gate": gate_on(KIT.dataset(given.data, "val", "full"), input_side(models["int8"]))}
     artifact = export(models, KIT.exports(), KIT.default_target, folder, kit=KIT.name, meta=meta)
     test, template, defects = laid_out(pairs, given.side)
     for file, image in zip(files, (test, template)):

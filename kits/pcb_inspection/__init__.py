@@ -128,7 +128,7 @@ class PcbInspection:
             "shift": [round(a + b, 2) for a, b in zip(already, more)],
             "frozen_on": f"{len(pairs)} validation boards",
             "drift": drift.reference(pairs),
-            "gate": gate_on(pairs),
+            "gate": gate_on(pairs, input_side(module)),
         }
 
     def score(

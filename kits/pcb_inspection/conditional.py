@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from core.export import Artifact, reshaped
 from core.export.artifact import Origin
 from core.kit import InputError
+from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair
+from kits.pcb_inspection.data.resolution import seen_at
 from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.network import CLASS_COUNT, STRIDE
-from kits.pcb_inspection.model.pair import Grey, binarise, differences, register
+from kits.pcb_inspection.model.pair import Grey, differences
 
 CROP = 128
 """Side of a crop in pixels."""
@@ -77,12 +79,11 @@ def freeze_gate(areas: Sequence[int]) -> int:
     return max(1, int(MARGIN * min(seen))) if seen else 1
 
 
-def gate_on(pairs: Sequence[Pair]) -> dict[str, int]:
-    """The gate frozen on boards: its "area", and how many of their "defects" it "missed"."""
+def gate_on(pairs: Sequence[Pair], side: int) -> dict[str, int]:
+    """The gate frozen on boards for a network of `side` px: its "area", how many of their "defects" it "missed"."""
     areas: list[int] = []
-    for pair in pairs:
-        test, template = (binarise(image) for image in pair.load())
-        areas += least_area(*differences(test, register(test, template)[0]), pair.boxes)
+    for seen in (seen_at(pair, side) for pair in prepare(pairs)):
+        areas += least_area(*differences(seen.test, seen.template), seen.boxes)
     area = freeze_gate(areas)
     return {"area": area, "boards": len(pairs), "defects": len(areas), "missed": sum(a < area for a in areas)}
 

@@ -17,11 +17,11 @@ from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.defects import add_defects
-from kits.pcb_inspection.data.resolution import smaller
 from kits.pcb_inspection.inspection import clean_boards
 from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, pad, to_input
 from kits.pcb_inspection.model.pair import Grey, binarise, register, stack
+from kits.pcb_inspection.model.shrink import shrink
 
 NEVER = 10**9
 """A crossover that is not reached: what crops cost in accuracy shows only where they are taken."""
@@ -102,11 +102,12 @@ def anywhere(count: int, side: int, rng: np.random.Generator) -> list[Place]:
 
 
 def planes_of(test: Grey, template: Grey, side: int) -> Tensor:
-    """The network's input of a board no larger than a tile, registered, for a tile of 640 px."""
-    board, golden = binarise(test), binarise(template)
+    """The network's input of a board no larger than a tile, registered, for a network of `side` px."""
+    board = binarise(test)
+    golden = register(board, binarise(template))[0]
     if side != TILE:
-        board, golden = (smaller(image, side / TILE) for image in (board, golden))
-    return to_input(pad(stack(board, register(board, golden)[0]), side, side))
+        board, golden = (shrink(image, side / TILE) for image in (board, golden))
+    return to_input(pad(stack(board, golden), side, side))
 
 
 def _times(modules: Mapping[str, nn.Module], tiles: Sequence[Tensor], threads: int) -> dict[str, float]:

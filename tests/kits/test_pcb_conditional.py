@@ -53,7 +53,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     models, meta = KIT.shipped()
     validation = KIT.dataset(None, "val", "smoke")
     return export(models, KIT.exports(), "x86-edge-box", tmp_path_factory.mktemp("gated") / "artifact",
-                  kit="pcb_inspection", meta={**meta, "gate": gate_on(validation)})  # fmt: skip
+                  kit="pcb_inspection", meta={**meta, "gate": gate_on(validation, SIDE)})  # fmt: skip
 
 
 def test_pieces_of_difference_are_found_on_both_sides() -> None:

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from kits.pcb_inspection.data.augment import Ready
 from kits.pcb_inspection.model.inspector import TILE, to_input
 from kits.pcb_inspection.model.network import STRIDE
-from kits.pcb_inspection.model.pair import Grey, stack
+from kits.pcb_inspection.model.pair import stack
+from kits.pcb_inspection.model.shrink import shrink
 
 
 def resized(batch: dict[str, Any], size: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def resized(batch: dict[str, Any], size: int) -> dict[str, Any]:
     if size == TILE:
         return batch
     scale = size / TILE
-    seen = [stack(smaller(test, scale), smaller(template, scale))
+    seen = [stack(shrink(test, scale), shrink(template, scale))
             for test, template in (batch["images"][:, :2] * 255).byte().numpy()]  # fmt: skip
     truths = [(boxes * scale, labels) for boxes, labels in batch["truths"]]
     images = torch.cat([to_input(planes) for planes in seen]).contiguous(memory_format=torch.channels_last)
@@ -39,12 +39,6 @@ def seen_at(pair: Ready, size: int) -> Ready:
         return pair
     scale = size / TILE
     return replace(
-        pair, test=smaller(pair.test, scale), template=smaller(pair.template, scale),
+        pair, test=shrink(pair.test, scale), template=shrink(pair.template, scale),
         boxes=pair.boxes * np.float32(scale),
     )  # fmt: skip
-
-
-def smaller(image: Grey, scale: float) -> Grey:
-    """A binary image (H, W) at a scale below 1, binary again."""
-    side = round(image.shape[1] * scale), round(image.shape[0] * scale)
-    return np.where(cv2.resize(image, side, interpolation=cv2.INTER_AREA) > 127, 255, 0).astype(np.uint8)

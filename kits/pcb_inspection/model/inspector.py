@@ -21,6 +21,7 @@ from kits.pcb_inspection.model.decode import OVERLAP as IOU
 from kits.pcb_inspection.model.design import Design
 from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import LEVEL, MAX_SHIFT, Grey, Registration, binarise, level, register, stack
+from kits.pcb_inspection.model.shrink import shrink
 
 TILE = 640
 """Side in pixels of what a network is shown of a board at a time; its input may be smaller, see `Design.size`."""
@@ -179,12 +180,13 @@ def _inspect_tile(
 ) -> tuple[Floats, Registration]:
     """The detections of one tile in its own pixels, and how the template was registered."""
     size = np.array(test.shape[::-1] * 2, np.float32)
-    scale *= side / TILE
     if scale != 1:
         test, template = _resize(test, scale), _resize(template, scale)
-    height, width = test.shape
     test, template = binarise(test, levels[0]), binarise(template, levels[1])
     template, registration = register(test, template)
+    if side != TILE:  # after registration, as in training: else a shift leaves a part of a pixel between the two
+        test, template = (shrink(image, side / TILE) for image in (test, template))
+    height, width = test.shape
     planes = pad(stack(test, template), side, side)
     with torch.inference_mode():
         logits, distances = module(to_input(planes))
