@@ -100,11 +100,11 @@ def _measured(
     """What each layer costs alone, and what the others of `wanted` cost at once, where all of them may be FP16."""
     if context.preset == "full":
         return precision_errors(model, CalibrationInputs(context, step.probes, model), step, wanted), []
-    probes = []
+    probes: list[tuple[torch.Tensor, ...]] = []
     with torch.no_grad():
         for batch in CalibrationInputs(context, 1, model):
             model(*batch)  # a stream wants to see the answer
-            probes.append(batch)
+            probes = [batch]  # the last one of a stream, which has a past
     errors = precision_errors(model, probes, step, [])
     rest = [n for n in wanted if n not in errors]
     at_once = half_errors(model, probes, rest) if rest else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from core.kit import InputError
 from core.progress import progress
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.keyframes import Keyframe
-from kits.bev_perception.metrics.events import SuddenRecall, sudden_recall
-from kits.bev_perception.metrics.nds import Matches, Score, match
+from kits.bev_perception.data.nuscenes import NuScenes
+from kits.bev_perception.metrics.events import SuddenRecall, Track, sudden_recall
+from kits.bev_perception.metrics.nds import Matches, Score, Truth, match
 from kits.bev_perception.metrics.streaming import Frame
 from kits.bev_perception.metrics.truth import groups, read_events, tracks, truth_of
 from kits.bev_perception.model.configs import Config
@@ -60,7 +62,12 @@ class Verdict:
     groups: Mapping[str, Score]
     frames: Mapping[str, int]
     sudden: SuddenRecall
-    interval: Mapping[str, tuple[float, float]] | None
+    matches: Matches
+    scenes: Mapping[str, str]
+
+    def interval(self) -> dict[str, tuple[float, float]]:
+        """Of NDS and mAP, whole scenes drawn again; none of a single scene. Takes seconds of hundreds of frames."""
+        return self.matches.interval(self.scenes) if len(set(self.scenes.values())) > 1 else {}
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """{name: (value, unit)}: NDS and mAP in %, the five errors in their units, NaN for what was not there."""
@@ -89,14 +96,25 @@ class Verdict:
                 "delays_seconds": list(self.sudden.delays),
                 "interval": [100 * bound for bound in self.sudden.interval],
             },
-            "intervals": {n: [100 * b for b in bounds] for n, bounds in (self.interval or {}).items()},
+            "intervals": {n: [100 * b for b in bounds] for n, bounds in self.interval().items()},
         }
 
 
 def matched(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes]) -> Matches:
     """Predictions (global frame, by token) of keyframes of one folder beside what was there."""
-    tokens = [sample.token for sample in samples]
-    return match(truth_of(samples[0].data, tokens), {token: predictions[token] for token in tokens})
+    tokens = tuple(sample.token for sample in samples)
+    return match(_truth_of(samples[0].data, tokens), {token: predictions[token] for token in tokens})
+
+
+@lru_cache(maxsize=4)
+def _truth_of(data: NuScenes, tokens: tuple[str, ...]) -> dict[str, Truth]:
+    """`truth_of`, kept: a report scores several detectors on the same frames."""
+    return truth_of(data, tokens)
+
+
+@lru_cache(maxsize=4)
+def _tracks(data: NuScenes, instances: frozenset[str], tokens: tuple[str, ...]) -> dict[str, Track]:
+    return tracks(data, instances, tokens)
 
 
 def verdict(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes], threshold: float) -> Verdict:
@@ -106,20 +124,21 @@ def verdict(samples: Sequence[Keyframe], predictions: Mapping[str, Boxes], thres
     """
     if not samples:
         raise InputError("no keyframe to score; give a split that has some")
-    data, tokens = samples[0].data, [sample.token for sample in samples]
+    data, tokens = samples[0].data, tuple(sample.token for sample in samples)
     matches = matched(samples, predictions)
     scenes = {sample.token: sample.scene for sample in samples}
     events = [event for event in read_events(data) if event.scene in set(scenes.values())]
     chosen = groups(data, tokens, events)
     frames = [Frame(s.scene, s.sample.timestamp, predictions[s.token]) for s in samples]
-    seen = tracks(data, {event.instance for event in events}, tokens)
+    seen = _tracks(data, frozenset(event.instance for event in events), tokens)
     events = [event for event in events if event.instance in seen]
     return Verdict(
         matches.score(),
         {name: matches.score(part) for name, part in chosen.items()},
         {name: len(part) for name, part in chosen.items()},
         sudden_recall(events, seen, frames, min_score=threshold),
-        matches.interval(scenes) if len(set(scenes.values())) > 1 else None,
+        matches,
+        scenes,
     )
 
 

@@ -200,12 +200,13 @@ class Judge:
         ready, basis = prepare(train), training.SCHEDULES[setup.preset]
         wanted = 16 if setup.preset == "full" else 2
         self.seen = list(training.training_batches(ready, basis.batch_size, wanted, basis.seed, 10_000))
-        self.table = LatencyTable.load(Path(setup.folder) / "latency.json")
+        self.known = Path(setup.folder) / "latency.json"
+        self.table: LatencyTable | None = None
 
     def __call__(self, candidate: Candidate) -> dict[str, float]:
         plain, inputs = self.network(candidate), example(candidate)
         found = operators(plain, inputs)
-        self.table = self.table.measured(found)
+        self.table = (self.table or LatencyTable.load(self.known)).measured(found)
         costs = Costs(lambda _: (plain, inputs)).of(candidate)
         latency = self.table.latency(found)
         accuracy = average_precision(plain, self.validation, design_of(candidate).size)

@@ -20,7 +20,7 @@ def shrink(image: Grey, scale: float) -> Grey:
     shape = round(image.shape[0] * scale), round(image.shape[1] * scale)
     n = round(scale / (1 - scale))
     if n <= _MOST and all(small * (n + 1) == large * n for small, large in zip(shape, image.shape)):
-        across = cv2.transpose(_shrink_rows(image & 1, n))
+        across = cv2.transpose(_shrink_rows(image & np.uint8(1), n))
         summed = cv2.transpose(_shrink_rows(np.asarray(across, np.uint8), n))
         return np.asarray(cv2.threshold(summed, ((n + 1) ** 2 - 1) // 2, 255, cv2.THRESH_BINARY)[1], np.uint8)
     mean = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
