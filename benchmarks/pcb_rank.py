@@ -3,9 +3,9 @@
     python benchmarks/pcb_rank.py --search DIR --out DIR [--data DIR] [--candidates 10] [--epochs 12] [--preset full]
 
 Setup: candidates drawn from the search space of `pcb_inspection` are scored by mAP50-95 on validation boards with the
-weights of the supernet that `fitkit search` left in --search (supernet.safetensors), and after training each from random weights for --epochs.
-Leaves `rank.json` in --out with Kendall's tau and its 95 % bootstrap interval; a candidate that is trained already is
-not trained again.
+weights of the supernet that `fitkit search` left in --search (supernet.safetensors), and after training each from
+random weights for --epochs. Leaves `rank.json` in --out with Kendall's tau and its 95 % bootstrap interval; a candidate
+that is trained already is not trained again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import cv2
 
+from core.evaluation.apart import told_by
 from core.evaluation.measure import device, runtime_title
 from core.evaluation.memory import resident
 from core.export import Artifact, export
@@ -55,10 +55,7 @@ def timed(artifact: Artifact, way: str, scan: Scan, rounds: int) -> dict[str, An
 def peak(given: argparse.Namespace, way: str) -> float:
     """MB of a process of its own that inspects the scan once."""
     words = [sys.executable, __file__, "--out", str(given.out), "--only", way]
-    ran = subprocess.run(words, capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(ran.stderr)
-    return float(json.loads(ran.stdout.splitlines()[-1])["peak"])
+    return float(told_by(words, f"peak memory of a scan, {way}")["peak"])
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.evaluation.apart import told_by
 from core.evaluation.bench import bench
 from core.evaluation.measure import device, runtime_title
 from core.evaluation.memory import resident
@@ -157,10 +157,7 @@ def judge(row: Row, look: Look, validation: Sequence[Pair], report: Sequence[Pai
 def peak(given: argparse.Namespace, number: int) -> float:
     """MB of a process of its own that inspects a board with one of the detectors."""
     words = [sys.executable, __file__, *sys.argv[1:], "--only", str(number)]
-    ran = subprocess.run(words, capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(ran.stderr)
-    return float(json.loads(ran.stdout.splitlines()[-1])["peak"])
+    return float(told_by(words, f"peak memory of detector {number}")["peak"])
 
 
 def main() -> None:

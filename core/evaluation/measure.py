@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from core.evaluation.apart import told_by
 from core.evaluation.bench import available_cores, bench
 from core.export import Artifact, folder, onnx, openvino
 from core.figures import Figure, Figures, Measured
@@ -107,9 +106,4 @@ def _memory(folder: Path, variant: str | None, threads: int) -> dict[str, float]
         command += ["--variant", variant]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
-    if ran.returncode != 0:
-        said = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"peak memory of {folder}: the process that runs it ended with {ran.returncode}: {said}")
-    found: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return found
+    return told_by(command, f"peak memory of {folder}", {**os.environ, "PYTHONPATH": path})

@@ -76,12 +76,12 @@ def watch(module: nn.Module, samples: Sequence[Keyframe], config: Config | None 
 def recorded(
     samples: Sequence[Keyframe], count: int, seed: int, config: Config
 ) -> Generator[tuple[Tensor, ...], tuple[Tensor, ...], None]:
-    """The detector's inputs for `count` keyframes in runs of `RUN` that follow each other, each from a drawn place.
+    """The detector's inputs for `count` keyframes, or as many as there are, in runs of `RUN` from drawn places.
 
     What the detector returned for them is to be sent back: its memory is that of the next frame.
     """
     rng, runs = np.random.default_rng(seed), in_scenes(samples)
-    for _ in range(-(-count // RUN)):
+    for _ in range(-(-min(count, len(samples)) // RUN)):
         run = runs[int(rng.integers(len(runs)))]
         first = int(rng.integers(max(1, len(run) - RUN + 1)))
         state = BevState(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,27 @@ def ship(run: Path, original: nn.Module, weights: Path = WEIGHTS) -> None:
             raise InputError(f"{record}: began from another detector than {weights / 'fp32.safetensors'}")
     small = replay(original, history(steps))
     load_weights(small, records[-1].parent / "model.safetensors")
-    save_weights(small, weights / WHOLE.name)
-    changed = [
+    write(small, began, history(steps), told(report["trace"][: len(records)]), weights)
+
+
+def told(trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the steps of a trace (as JSON) said of the whole network, as something of the past."""
+    return [
         {**row, "what": f"{entry['step']['step']}, when it was made: {row['what']}"}
-        for entry in report["trace"][: len(records)]
+        for entry in trace
         for row in entry["changed"]
         if row["layer"] in ("", "(model)") or "outputs" in row
     ]
-    card = {
-        "original": began,
-        "sha256": file_hash(weights / WHOLE.name),
-        "seconds": round(sum(entry["seconds"] for entry in report["trace"][: len(records)])),
-        "steps": history(steps),
-        "changed": changed,
-    }
-    write_text(weights / CARD.name, json.dumps(card, indent=1) + "\n")
+
+
+def write(
+    small: nn.Module, original: str, steps: list[dict[str, Any]], changed: list[dict[str, Any]], folder: Path
+) -> None:
+    """Leave a compressed detector in `folder` as `build` reads it; `original` is the hash of what it was made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(small, folder / WHOLE.name)
+    card = {"original": original, "sha256": file_hash(folder / WHOLE.name), "steps": steps, "changed": changed}
+    write_text(folder / CARD.name, json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

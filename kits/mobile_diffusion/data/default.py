@@ -22,7 +22,7 @@ DRAWN = {"smoke": 256, "full": 16_384}
 """Scenes of the training split."""
 CHECKED = {"smoke": 64, "full": 256}
 """Scenes of the validation split, of training compositions too, from other seeds."""
-SMOKE_PROMPTS = 10
+SMOKE_PROMPTS = 5
 """Prompts of each kind in a short trial."""
 _SEED, _CHECK_SEED = 40_000_003, 50_000_017
 

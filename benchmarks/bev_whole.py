@@ -1,0 +1,88 @@
+"""Goes on with the training of what recipe `whole` made of the shipped detector, and makes it ready for `shipped`.
+
+    python benchmarks/bev_whole.py --out DIR [--weights benchmarks/weights] [--epochs 4] [--lr 5e-4] [--seed 0]
+
+Setup: the pruned, 2:4 sparse detector in --weights (bev_whole.safetensors, .json, bev_whole_heads.safetensors) is
+trained on towards the original along the generated training scenes on one core (17 to 25 minutes an epoch), then its
+precisions are chosen and calibrated. Leaves the three files anew, `whole.safetensors` and `whole.json` in DIR/weights;
+prints NDS and mAP on the validation frames, in torch. Killed, it goes on from the last epoch when it is started again.
+With `--epochs 0` it only makes the INT8 files. DIR/weights/whole.* beside the kit's weights are recipe `shipped`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+from core.compress import compress, history, replay
+from core.files import read_object, write_text
+from core.kit import Context, Recipe
+from core.weights import load_weights, save_weights, state_hash
+from kits.bev_perception import shipped
+from kits.bev_perception.acceptance import observed, verdict
+from kits.bev_perception.distil import FollowOriginal, follow
+from kits.bev_perception.kit import CONFIG, BevPerception
+from kits.bev_perception.recipes import MIXED
+from kits.bev_perception.training import HEADS
+
+NAME = "bev_whole"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights")
+    options.add_argument("--epochs", type=int, default=4)
+    options.add_argument("--lr", type=float, default=5e-4)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--preset", choices=("smoke", "full"), default="full")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    kit = BevPerception()
+    original = kit.model()
+    about = read_object(given.weights / f"{NAME}.json", "take it from the repository")
+    model = replay(kit.model(), about["steps"])
+    source = given.weights / f"{NAME}.safetensors"
+    load_weights(model, source)
+    made = given.out / "weights"
+    made.mkdir(parents=True, exist_ok=True)
+    heads = made / f"{NAME}_heads.safetensors"
+    shutil.copy(given.weights / heads.name, heads)
+    if given.epochs:
+        work = given.out / "01-followoriginal.partial"
+        before = given.out / "00-before.heads"
+        work.mkdir(exist_ok=True)
+        before.mkdir(exist_ok=True)
+        shutil.copy(heads, before / HEADS)
+        step = FollowOriginal(given.epochs, given.lr, answers=1.0, ema=0.998, hold_zeros=True, seed=given.seed)
+        done = follow(model, step, Context(kit.of(original), original, None, given.preset, work, True, 0))
+        source = made / source.name
+        save_weights(done.model.half(), source)
+        model = replay(kit.model(), about["steps"])
+        load_weights(model, source)
+        shutil.copy(work.with_suffix(".heads") / HEADS, heads)
+        about["steps"].append({"step": step.to_json(), "structure": done.structure})
+        about["changed"] += shipped.told([{"step": step.to_json(), "changed": done.changed}])
+    else:
+        shutil.copy(source, made)
+    model.eval()
+    write_text(made / f"{NAME}.json", json.dumps(about, indent=1) + "\n")
+    frames = kit.dataset(None, "val", given.preset)
+    scored = verdict(frames, observed(model, frames, CONFIG, "validating"), 0.3).figures()
+    print(f"NDS {scored['nds'][0]:.2f}, mAP {scored['map'][0]:.2f} on {len(frames)} validation frames, in torch")
+    folder = given.out / "mixed"
+    recipe = Recipe("mixed", (MIXED,), "", "")
+    small, trace = compress(model, recipe, kit.of(original), preset=given.preset, folder=folder, resume=True)
+    rows: list[dict[str, Any]] = [*about["changed"], *shipped.told([trace[0].to_json()])]
+    shipped.write(small, state_hash(original), [*about["steps"], *history(folder)], rows, made)
+
+
+if __name__ == "__main__":
+    main()
