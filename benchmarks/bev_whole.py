@@ -28,7 +28,7 @@ from kits.bev_perception import shipped
 from kits.bev_perception.acceptance import observed, verdict
 from kits.bev_perception.distil import FollowOriginal, follow
 from kits.bev_perception.kit import CONFIG, BevPerception
-from kits.bev_perception.recipes import MIXED
+from kits.bev_perception.recipes import DENSE, MIXED
 from kits.bev_perception.training import HEADS
 
 NAME = "bev_whole"
@@ -61,7 +61,9 @@ def main() -> None:
         work.mkdir(exist_ok=True)
         before.mkdir(exist_ok=True)
         shutil.copy(heads, before / HEADS)
-        step = FollowOriginal(given.epochs, given.lr, answers=1.0, ema=0.998, hold_zeros=True, seed=given.seed)
+        step = FollowOriginal(
+            given.epochs, given.lr, answers=1.0, ema=0.998, hold_zeros=True, free=DENSE, seed=given.seed
+        )  # fmt: skip
         done = follow(model, step, Context(kit.of(original), original, None, given.preset, work, True, 0))
         source = made / source.name
         save_weights(done.model.half(), source)

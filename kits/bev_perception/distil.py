@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from kits.bev_perception.training import HEADS, LANES, Memory, learner_of, shown
 class FollowOriginal(Step):
     """Train as the original was, and towards its neck, distances, BEV, dense head and answers, by these weights.
 
-    An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so.
+    An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so,
+    but for those whose names match a pattern in `free`, which may fill their zeros in.
     """
 
     epochs: int
@@ -47,6 +49,7 @@ class FollowOriginal(Step):
     ema: float = 0.99
     share: float = 1.0
     hold_zeros: bool = False
+    free: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,9 +127,11 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
     )
 
     batches, steps = shown(samples, LANES, step.share, step.seed)
-    held = (
-        [p for p in model.parameters() if p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)] if step.hold_zeros else []
-    )
+    held = [
+        p for name, p in model.named_parameters()
+        if step.hold_zeros and p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)
+        and not any(fnmatchcase(name, pattern) for pattern in step.free)
+    ]  # fmt: skip
     masks = [p.detach() == 0 for p in held]
     if step.hold_zeros and not held:
         raise InputError("FollowOriginal.hold_zeros: no weight of the network is 2:4 sparse; put Sparsify before it")

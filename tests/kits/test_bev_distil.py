@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.compress import compress
+from core.compress import compress, replay
 from core.distillation import softened_kl
 from core.kit import InputError, Recipe
-from core.pruning import Sparsify, check_pattern
+from core.pruning import Sparsify, check_pattern, sparse_utilization
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.distil import FollowOriginal, answers_apart
+from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.detector import BEVFormer, Predictions, example_inputs
 from kits.bev_perception.model.loss import BOX_WEIGHT
-from kits.bev_perception.recipes import RECIPES
+from kits.bev_perception.recipes import DENSE, RECIPES, THIN
 from kits.bev_perception.together import trained
 from kits.bev_perception.training import shown
 from tests.kits.bev_models import MICRO
 from tests.kits.test_bev_lidar import Data
 
+WEIGHTS = Path(__file__).parents[2] / "benchmarks" / "weights"
 CONFIG = replace(MICRO, proposals=True, fusion=True, depth_bins=8)
 
 
@@ -66,6 +69,28 @@ def test_zeros_of_the_pattern_stay_and_everything_else_learns(samples: list[Keyf
 def test_without_it_the_zeros_fill_in_again(samples: list[Keyframe]) -> None:
     small, _ = followed(samples, Sparsify(), FollowOriginal(epochs=1, lr=1e-3, ema=0.5))
     assert not check_pattern(small.get_parameter("img_backbone.layer1.0.conv1.weight"), 2, 4)
+
+
+def test_some_zeros_may_fill_in_again_while_others_stay(samples: list[Keyframe]) -> None:
+    free = ("pts_bbox_head.transformer.*",)
+    steps = (Sparsify(), FollowOriginal(epochs=1, lr=1e-3, hold_zeros=True, free=free, ema=0.5))
+    small, _ = followed(samples, *steps)
+    assert check_pattern(small.get_parameter("img_backbone.layer1.0.conv1.weight"), 2, 4)
+    name = "pts_bbox_head.transformer.encoder.layers.0.ffns.0.layers.1.weight"
+    assert not check_pattern(small.get_parameter(name), 2, 4)
+
+
+def test_what_stays_dense_in_the_whole_stack_leaves_the_gate_its_share() -> None:
+    about = json.loads((WEIGHTS / "bev_whole.json").read_text(encoding="utf-8"))
+    pruned = replay(BEVFormer(NANO), [s for s in about["steps"] if s["step"]["step"] != "DepthStem"]).eval()
+    with torch.no_grad():
+        for parameter in pruned.parameters():  # some begin at zero, which is a pattern as well
+            parameter.normal_()
+    model, _ = compress(pruned, Recipe("r", THIN, "", ""), Data([]))  # type: ignore[arg-type]
+    for pattern in DENSE:
+        assert any(fnmatchcase(name, pattern) for name, _ in model.named_parameters()), pattern
+    share = sparse_utilization(model, tuple(example_inputs(NANO).values())).share
+    assert share == pytest.approx(0.85, abs=0.005)
 
 
 def test_a_share_shows_fewer_frames(samples: list[Keyframe]) -> None:
