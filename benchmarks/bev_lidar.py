@@ -29,8 +29,9 @@ from core.files import write_text
 from core.kit import Recipe
 from core.weights import load_weights, save_weights
 from kits.bev_perception.acceptance import observed, verdict
-from kits.bev_perception.kit import CONFIG, BevPerception
+from kits.bev_perception.kit import BevPerception
 from kits.bev_perception.lidar import SCHEDULES, LearnFromLidar, observed_by_lidar, train_teacher
+from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.teacher import LidarTeacher
 
 GROUPS = ("all", "day", "night")
@@ -62,13 +63,13 @@ def main() -> None:
     if not path.exists():
         schedule = replace(SCHEDULES["full"], epochs=given.teacher_epochs)
         save_weights(train_teacher(train, schedule, given.out / "teacher", True).model, path)
-    teacher = LidarTeacher(CONFIG).eval()
+    teacher = LidarTeacher(NANO).eval()
     load_weights(teacher, path)
     result: dict[str, Any] = {
         "date": today(), "device": device(), "runtime": f"torch {torch.__version__}", "split": given.split,
         "frames": len(test), "teacher_epochs": given.teacher_epochs,
         "epochs": given.epochs, "share": given.share, "teacher": scores(observed_by_lidar(teacher, test), test),
-        "before": scores(observed(original, test, CONFIG, "before"), test), "runs": [],
+        "before": scores(observed(original, test, NANO, "before"), test), "runs": [],
     }  # fmt: skip
     for seed in range(given.seeds):
         run: dict[str, Any] = {"seed": seed}
@@ -83,7 +84,7 @@ def main() -> None:
             else:
                 learnt, _ = compress(original, Recipe(name, (step,), "", ""), kit)
                 save_weights(learnt, place)
-            run[name] = scores(observed(learnt.eval(), test, CONFIG, f"{name}, seed {seed}"), test)
+            run[name] = scores(observed(learnt.eval(), test, NANO, f"{name}, seed {seed}"), test)
         result["runs"].append(run)
         print(json.dumps(run))
     for key in result["before"]:

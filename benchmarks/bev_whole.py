@@ -27,7 +27,8 @@ from core.weights import load_weights, save_weights, state_hash
 from kits.bev_perception import shipped
 from kits.bev_perception.acceptance import observed, verdict
 from kits.bev_perception.distil import FollowOriginal, follow
-from kits.bev_perception.kit import CONFIG, BevPerception
+from kits.bev_perception.kit import BevPerception
+from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.recipes import DENSE, MIXED
 from kits.bev_perception.training import HEADS
 
@@ -77,7 +78,7 @@ def main() -> None:
     model.eval()
     write_text(made / f"{NAME}.json", json.dumps(about, indent=1) + "\n")
     frames = kit.dataset(None, "val", given.preset)
-    scored = verdict(frames, observed(model, frames, CONFIG, "validating"), 0.3).figures()
+    scored = verdict(frames, observed(model, frames, NANO, "validating"), 0.3).figures()
     print(f"NDS {scored['nds'][0]:.2f}, mAP {scored['map'][0]:.2f} on {len(frames)} validation frames, in torch")
     folder = given.out / "mixed"
     recipe = Recipe("mixed", (MIXED,), "", "")

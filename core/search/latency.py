@@ -61,15 +61,16 @@ class Operator:
 
 
 def operators(model: nn.Module, inputs: Sequence[Tensor]) -> list[Operator]:
-    """The operators of a plain network that a table knows, in the order in which they run for one sample.
+    """The operators of a plain network that a table knows, in the order in which they run.
 
-    Norms fold away and activations fuse; element-wise work between layers is left to the table's fit.
+    A convolution over several pictures side by side counts as one of each. Norms fold away and activations fuse;
+    element-wise work between layers is left to the table's fit.
     """
     found: list[Operator] = []
     hooks = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Upsample):
-            hooks.append(module.register_forward_hook(lambda m, given, out: found.append(_operator(m, given[0], out))))
+            hooks.append(module.register_forward_hook(lambda m, given, out: found.extend(_operators(m, given[0], out))))
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -81,6 +82,10 @@ def operators(model: nn.Module, inputs: Sequence[Tensor]) -> list[Operator]:
         for module, training in modes:
             module.training = training
     return found
+
+
+def _operators(module: nn.Module, given: Tensor, out: Tensor) -> list[Operator]:
+    return [_operator(module, given, out)] * (1 if isinstance(module, nn.Linear) else len(given))
 
 
 def _operator(module: nn.Module, given: Tensor, out: Tensor) -> Operator:

@@ -116,6 +116,15 @@ def _compute(kit: Kit, original: nn.Module, artifact: Any, steps: Path) -> Figur
     return found
 
 
+def beyond(day: float, night: float) -> float:
+    """How many points more are lost by night than by day, NaN where there is only one of them.
+
+    What has gained has lost nothing: by which light it gained more is no loss.
+    """
+    lost = [max(points, 0.0) if points == points else points for points in (day, night)]
+    return lost[1] - lost[0]
+
+
 def _groups(
     watch: Watch, artifact: Any, twin: str, variant: str, samples: Sequence[Keyframe]
 ) -> tuple[Figures, dict[str, Any]]:
@@ -131,8 +140,7 @@ def _groups(
         device(), f"{runtime_title(artifact, twin)} minus {runtime_title(artifact, variant)}",
         len(samples), None, artifact.sha256, note="the same frames",
     )  # fmt: skip
-    day, night = (before[f"nds_{light}"][0] - after[f"nds_{light}"][0] for light in ("day", "night"))
-    excess = night - day
+    excess = beyond(*(before[f"nds_{light}"][0] - after[f"nds_{light}"][0] for light in ("day", "night")))
     figures = Figures([Figure("night_loss_excess", excess, "points", basis)] if excess == excess else [])
     rows = []
     for name in ("all", "day", "night", "rain", "event"):

@@ -1,8 +1,9 @@
 """The dynamic path: a small detector watches, and a frame that looks like a surprise is looked at again by a large one.
 
-Cheap cues decide, from what is there anyway: how much the pictures have changed where the car will drive, and boxes on
-its way that are new or doubtful. A budget bounds the share of frames that are looked at twice, so that the mean cost is
-known beforehand and the worst frame costs one small and one large pass.
+Cheap cues decide, from what is there anyway: how much the pictures have changed where the car will drive, boxes on its
+way that are new, and above all how many things that move may be there without its being sure. A budget bounds the share
+of frames that are looked at twice, so that the mean cost is known beforehand and the worst frame costs one small and
+one large pass.
 """
 
 from __future__ import annotations
@@ -27,23 +28,26 @@ GRID = (10, 18)
 class Policy:
     """When to look again.
 
-    A frame's alarm is the sum of three cues, each about 0 to 1: `change`, `novelty` and `doubt` are their weights. From
-    `alarm` on the frame is looked at again, while the budget lasts: `share` frames are earned a frame, `burst` at most
-    are saved up. `ahead` (m) and `aside` (m) bound the way before the car.
+    A frame's alarm is the sum of three cues: `change`, `novelty` (0 to 1 each) and `doubt` (1 for each box that is as
+    likely to be there as not) are their weights. From `alarm` on the frame is looked at again, while the budget lasts:
+    `share` frames are earned a frame, `burst` at most are saved up. `ahead` (m) and `aside` (m) bound the way before
+    the car. The cues and the way were chosen by the 33 sudden obstacles of the generated training scenes.
     """
 
-    alarm: float = 0.6
+    alarm: float = 5.0
     change: float = 1.0
     novelty: float = 1.0
     doubt: float = 1.0
     share: float = 0.25
     burst: float = 2.0
-    ahead: float = 35.0
-    aside: float = 6.0
+    ahead: float = 20.0
+    aside: float = 4.0
     near: float = 3.0
     """Metres within which a box is the one of the frame before."""
 
 
+STANDING = ("barrier", "traffic_cone")
+"""Classes that come from nowhere only where something else has moved."""
 KEPT = 1000
 """Frames whose cues are kept: a car drives for days."""
 
@@ -93,6 +97,7 @@ class Dynamic(nn.Module):
         self.small, self.large, self.config = small, large, config
         self.policy = policy or Policy()
         self.watch = Watch()
+        self._standing = [config.classes.index(name) for name in STANDING if name in config.classes]
         self._saved = self.policy.burst
         self._blocks: Tensor | None = None
         self._seen: Tensor | None = None
@@ -136,7 +141,7 @@ class Dynamic(nn.Module):
     def _way(
         self, found: tuple[Tensor, Tensor, Tensor], can_bus: Tensor, *, keep_only: bool = False
     ) -> tuple[float, float]:
-        """(novelty, doubt): the surest box on the way that was not there before, and the most doubtful one."""
+        """(novelty, doubt): the surest box on the way that was not there before, and how much may be moving there."""
         said = boxes.detections(found[0][0], found[1][0], self.config)
         x, y = said.boxes[:, 0], said.boxes[:, 1]
         way = (y > 0) & (y < self.policy.ahead) & (x.abs() < self.policy.aside) & (said.scores > 0.05)
@@ -146,7 +151,8 @@ class Dynamic(nn.Module):
         if keep_only or not bool(way.any()):
             return 0.0, 0.0
         scores = said.scores[way]
-        doubt = float((4 * scores * (1 - scores)).max())
+        moving = (said.labels[way, None] != said.labels.new_tensor(self._standing)).all(1)
+        doubt = float((4 * scores * (1 - scores))[moving].sum())
         if before is None:
             return 0.0, doubt
         apart = torch.cdist(here[way], before).amin(1) if len(before) else scores.new_full(scores.shape, torch.inf)

@@ -24,6 +24,7 @@ from core.figures import Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.kit import Graph, InputError, Kit, Recipe
 from core.pruning import Group
+from core.search import Task
 from core.weights import load_weights, save_weights
 from kits.bev_perception import shipped, training
 from kits.bev_perception.acceptance import CAR, GATES, RATE_HZ, freeze_threshold, observed, verdict
@@ -37,7 +38,7 @@ from kits.bev_perception.data.streams import AS_IT_IS, Variation, with_past
 from kits.bev_perception.dynamic import Dynamic, Policy, freeze_alarm
 from kits.bev_perception.metrics.results import write_results
 from kits.bev_perception.model.boxes import detections
-from kits.bev_perception.model.configs import NANO
+from kits.bev_perception.model.configs import NANO, Config, config_beside, from_json, to_json
 from kits.bev_perception.model.detector import OUTPUTS, BEVFormer, example_inputs
 from kits.bev_perception.model.learner import Batch, Learner
 from kits.bev_perception.model.state import BevState
@@ -48,7 +49,8 @@ from kits.bev_perception.recipes import DEFAULT, READY, RECIPES
 from kits.bev_perception.scenes import network_images, recorded
 
 WEIGHTS = Path(__file__).parent / "weights"
-CONFIG = NANO
+DETECTOR = "detector"
+"""What an artifact's meta calls the config of a detector that is not `nano`."""
 DEPTH = 2
 """Frames before a sample that its memory is made of, where samples come in no order."""
 
@@ -70,8 +72,13 @@ class BevPerception:
         self.default_recipe = default_recipe or (READY if shipped.is_there() else DEFAULT)
         self._seen: dict[tuple[str, str, tuple[str, ...]], dict[str, Boxes]] = {}
 
+    @property
+    def config(self) -> Config:
+        """Of the kit's model."""
+        return self._model.config if self._model is not None else NANO
+
     def of(self, model: nn.Module) -> Kit:
-        """The kit whose batches remember with this model."""
+        """The kit whose batches remember with this model, and whose graph is its."""
         if not isinstance(model, BEVFormer):
             return self
         return BevPerception(model, READY if shipped.is_default(model) else DEFAULT)
@@ -84,7 +91,7 @@ class BevPerception:
                 (p for p in (path / "fp32.safetensors", path / "weights" / "fp32.safetensors") if p.is_file()),
                 path / "fp32.safetensors",
             )
-        return _load(BEVFormer(CONFIG), path)
+        return _load(BEVFormer(config_beside(path)), path)
 
     def shipped(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """FP32 as shipped, what `whole` made of it (or `mixed`, where that alone ships), and what was frozen."""
@@ -92,7 +99,7 @@ class BevPerception:
         if shipped.is_there():
             int8 = shipped.build(self.model()).eval()
         else:
-            int8 = _load(replay(BEVFormer(CONFIG), card["int8"]), WEIGHTS / "int8.safetensors")
+            int8 = _load(replay(BEVFormer(NANO), card["int8"]), WEIGHTS / "int8.safetensors")
         return {"fp32": self.model(), "int8": int8}, {k: card[k] for k in ("threshold", "alarm") if k in card}
 
     def dataset(self, data: Path | None, split: str, preset: str = "full") -> Sequence[Keyframe]:
@@ -127,7 +134,7 @@ class BevPerception:
         for start in range(0, len(samples), batch_size):
             part = samples[start : start + batch_size]
             varied = [Variation.drawn(rng) if rng is not None else AS_IT_IS for _ in part]
-            yield with_past(part, varied, CONFIG, DEPTH)
+            yield with_past(part, varied, self.config, DEPTH)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """The six inputs of the detector; the memory is what the kit's model remembers of the frames before."""
@@ -139,7 +146,7 @@ class BevPerception:
         self, samples: Sequence[Keyframe], count: int, seed: int
     ) -> Generator[tuple[Tensor, ...], tuple[Tensor, ...], None]:
         """The detector's inputs along scenes, with the memory that it sends back: see `scenes.recorded`."""
-        return recorded(samples, count, seed, CONFIG)
+        return recorded(samples, count, seed, self.config)
 
     def _own(self) -> BEVFormer:
         if self._model is None:
@@ -159,7 +166,7 @@ class BevPerception:
 
     def exports(self) -> tuple[Graph, ...]:
         """One graph: cameras, motion and memory to boxes and memory."""
-        return (Graph("detector", example_inputs(CONFIG), OUTPUTS),)
+        return (Graph("detector", example_inputs(self.config), OUTPUTS),)
 
     def report_split(self, data: Path | None) -> str:
         """ "test", or nuScenes' own "val" where a folder has no test split: no choice of the kit looks at it there."""
@@ -169,25 +176,35 @@ class BevPerception:
         """The threshold of pictures and warnings, and the alarm of the dynamic path, frozen on validation scenes; of a
         folder without a split of its own for that the shipped threshold stays.
         """
+        own = {} if self.config == NANO else {DETECTOR: to_json(self.config)}
         if data is not None and self._split(data, "val") == self._split(data, "test"):
-            return self.shipped()[1]
+            return {**self.shipped()[1], **own}
         samples = self.dataset(data, "val", preset)
-        cues = Dynamic(module, module, CONFIG, Policy(alarm=math.inf))
-        threshold = freeze_threshold(samples, observed(cues, samples, CONFIG, "validating"))
+        cues = Dynamic(module, module, self.config, Policy(alarm=math.inf))
+        threshold = freeze_threshold(samples, observed(cues, samples, self.config, "validating"))
         return {
             "threshold": threshold,
             "alarm": freeze_alarm(cues.watch.alarms),
             "frozen_on": f"{len(samples)} validation frames",
+            **own,
         }
+
+    def _config_of(self, module: nn.Module) -> Config:
+        """Of a detector in torch, or of the one that an artifact was made of."""
+        origin = origin_of(module)
+        if origin is not None:
+            return told_by(origin.artifact.meta)
+        found = getattr(module, "config", None)
+        return found if isinstance(found, Config) else self.config
 
     def predictions(self, module: nn.Module, samples: Sequence[Keyframe], label: str) -> dict[str, Boxes]:
         """What a detector finds in keyframes, by token; an artifact's variant watches the same frames only once."""
         origin = origin_of(module)
         if origin is None:
-            return observed(module, samples, CONFIG, label)
+            return observed(module, samples, self._config_of(module), label)
         key = (origin.artifact.sha256, origin.variant, tuple(sample.token for sample in samples))
         if key not in self._seen:
-            self._seen[key] = observed(module, samples, CONFIG, label)
+            self._seen[key] = observed(module, samples, told_by(origin.artifact.meta), label)
         return self._seen[key]
 
     def score(
@@ -255,6 +272,12 @@ class BevPerception:
         write_card(weights, history(out / "steps"), artifact.meta, scores, about)
         return figures
 
+    def task(self, data: Path | None, preset: str, folder: Path, resume: bool) -> Task:
+        """A search for the detector's architecture: its supernet trained, its latency table measured."""
+        from kits.bev_perception.search import make_task
+
+        return make_task(data, preset, folder, resume)
+
     def check(self, inputs: Sequence[str]) -> None:
         """The folders of the inputs, in nuScenes' format."""
         check(inputs)
@@ -263,7 +286,7 @@ class BevPerception:
         self, module: nn.Module, inputs: Sequence[str], meta: Mapping[str, Any], out: Path, options: argparse.Namespace
     ) -> str:
         """Boxes on all cameras and the BEV map, a GIF a scene, and `results_nusc.json`."""
-        return predict(module, CONFIG, inputs, out, options, meta)
+        return predict(module, told_by(meta), inputs, out, options, meta)
 
     def arguments(self, command: str, parser: argparse.ArgumentParser) -> None:
         """The options of `predict`."""
@@ -272,19 +295,19 @@ class BevPerception:
 
     def pipeline(self, module: nn.Module, samples: Sequence[Keyframe]) -> Callable[[], Any]:
         """State, network and boxes of the next decoded frame."""
-        decoded = []
+        decoded, config = [], self.config
         for sample in samples:
-            views = sample.views(CONFIG.images)
+            views = sample.views(config.images)
             matrices = torch.from_numpy(views.lidar2img).float()[None]
-            decoded.append((sample.frame(views), network_images(views, CONFIG), matrices))
-        waiting, state = cycle(decoded), BevState(CONFIG)
+            decoded.append((sample.frame(views), network_images(views, config), matrices))
+        waiting, state = cycle(decoded), BevState(config)
 
         def run() -> Any:
             frame, images, lidar2img = next(waiting)
             step = state.step(frame)
             scores, codes, bev = module(images, lidar2img, *step.inputs)
             state.keep(bev)
-            return detections(scores[0], codes[0], CONFIG)
+            return detections(scores[0], codes[0], config)
 
         return torch.inference_mode()(run)
 
@@ -297,11 +320,16 @@ class BevPerception:
     ) -> tuple[Figures, list[dict[str, Any]]]:
         """Latency in the same runtime, channels, sparsity, compute, and losses by day, by night and after events."""
         steps = out.parent / "steps"
-        return compare(self, original, compressed, samples, artifact, preset, steps, self.predictions, CONFIG)
+        return compare(self, original, compressed, samples, artifact, preset, steps, self.predictions, self.config)
 
     def pictures(self, module: nn.Module, samples: Sequence[Keyframe], meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Frames by day and by night with what was found and what was there."""
-        return scene_strip(module, CONFIG, samples, meta["threshold"])
+        return scene_strip(module, told_by(meta), samples, meta["threshold"])
+
+
+def told_by(meta: Mapping[str, Any]) -> Config:
+    """The config of the detector that an artifact's meta tells of; InputError for one that is none."""
+    return from_json(meta[DETECTOR], "manifest.json") if DETECTOR in meta else NANO
 
 
 @lru_cache(maxsize=8)

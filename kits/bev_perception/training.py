@@ -109,11 +109,13 @@ def train_detector(
     on_epoch: Callable[[int, BEVFormer], bool | None] | None = None,
     start: BEVFormer | None = None,
     heads: Path | None = None,
+    share: float = 1.0,
 ) -> Fit:
     """Train a detector from random weights, or from `start`; `fit.model` is the detector.
 
     `evaluate` tells the epochs apart; the best one's weights are returned. `heads` is a file of `Learner.heads` to go
     on with: at random they disturb a trained detector for most of an epoch. They are left in `folder` as HEADS.
+    An epoch shows a `share` of the scenes, others each time.
     """
     torch.manual_seed(schedule.seed)
     lanes = schedule.batch_size
@@ -122,7 +124,7 @@ def train_detector(
     if heads is not None:
         load_weights(learner.heads(), heads)
     model = Streaming(learner, Memory(config, lanes))
-    batches, steps = shown(samples, lanes, 1.0, schedule.seed)
+    batches, steps = shown(samples, lanes, share, schedule.seed)
 
     def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:
         value: Tensor = net(shots)

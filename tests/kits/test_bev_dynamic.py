@@ -14,16 +14,19 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Says(nn.Module):
-    """A detector that says one box (x, y) with a score, and counts its calls."""
+    """A detector that says boxes of a class at (x, y) with a score, and counts its calls."""
 
-    def __init__(self, score: float = 0.01, place: tuple[float, float] = (0.0, 15.0)) -> None:
+    def __init__(
+        self, score: float = 0.01, place: tuple[float, float] = (0.0, 15.0), count: int = 1, what: str = "car"
+    ) -> None:
         super().__init__()
-        self.score, self.place, self.calls = score, place, 0
+        self.score, self.place, self.count, self.calls = score, place, count, 0
+        self.label = MICRO.classes.index(what)
 
     def forward(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.calls += 1
         scores = torch.full((1, MICRO.num_query, 10), -9.0)
-        scores[0, 0, 0] = torch.logit(torch.tensor(self.score))
+        scores[0, : self.count, self.label] = torch.logit(torch.tensor(self.score))
         box = torch.tensor([[*self.place, -1.0, 1.9, 4.5, 1.6, 0.0, 0.0, 0.0]])
         codes = encode(box).expand(1, MICRO.num_query, 10).clone()
         return scores, codes, torch.zeros(1, 120, 32)
@@ -67,9 +70,23 @@ def test_something_beside_the_way_is_none_of_its_business() -> None:
     assert large.calls == 0
 
 
+def test_doubts_about_what_moves_add_up() -> None:
+    def alarms(**said: object) -> list[float]:
+        path = Dynamic(Says(**said), Says(), MICRO, Policy(change=0.0, novelty=0.0))  # type: ignore[arg-type]
+        path(*frame(first=True))
+        return list(path.watch.alarms)
+
+    assert alarms(score=0.5) == pytest.approx([1.0])
+    assert alarms(score=0.5, count=3, what="pedestrian") == pytest.approx([3.0])
+    assert alarms(score=0.9, count=3) == pytest.approx([3 * 4 * 0.9 * 0.1], abs=1e-4), "what is sure is no doubt"
+    assert alarms(score=0.5, count=3, what="traffic_cone") == [0.0], "a cone does not dart out"
+    assert alarms(score=0.5, place=(4.5, 15.0)) == [0.0], "beside the way"
+    assert alarms(score=0.5, place=(0.0, 21.0)) == [0.0], "too far off to be sudden"
+
+
 def test_a_block_that_changes_while_the_others_do_not_raises_the_alarm() -> None:
     torch.manual_seed(0)
-    path = Dynamic(Says(), Says(), MICRO, Policy(novelty=0.0, doubt=0.0))
+    path = Dynamic(Says(), Says(), MICRO, Policy(alarm=0.6, novelty=0.0, doubt=0.0))
     street = torch.randn(1, 6, 3, 64, 96) * 0.01
     path(*frame(street, first=True))
     drifted = street + torch.randn_like(street) * 0.2

@@ -18,8 +18,9 @@ from kits.bev_perception.acceptance import observed
 from kits.bev_perception.card import write_card
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.dynamic import Dynamic, Policy
-from kits.bev_perception.kit import CONFIG, BevPerception
+from kits.bev_perception.kit import BevPerception
 from kits.bev_perception.metrics.results import read_results
+from kits.bev_perception.model.configs import NANO
 from kits.bev_perception.model.detector import BEVFormer
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kit() -> BevPerception:
     torch.manual_seed(0)
-    return BevPerception(BEVFormer(CONFIG).eval())
+    return BevPerception(BEVFormer(NANO).eval())
 
 
 def test_train_and_report_never_share_a_frame(kit: BevPerception, folder: Path) -> None:
@@ -62,7 +63,7 @@ def test_batches_go_through_network_and_loss(kit: BevPerception, folder: Path) -
     assert batch.view.has_prev.tolist() == [0.0, 1.0]
     assert float(inputs[3][1].abs().sum()) > 0, "the second frame remembers the first"
     scores, codes, bev = model(*inputs)
-    assert scores.shape == (2, CONFIG.num_query, 10) and codes.shape == (2, CONFIG.num_query, 10)
+    assert scores.shape == (2, NANO.num_query, 10) and codes.shape == (2, NANO.num_query, 10)
     assert bev.shape == inputs[3].shape
     assert torch.isfinite(kit.loss(model, batch))
 
@@ -103,8 +104,8 @@ def test_threshold_and_alarm_are_frozen_on_validation_frames(
     monkeypatch.setattr(kit, "_split", lambda data, split: split)
     monkeypatch.setattr(kit, "dataset", lambda data, split, preset: samples if split == "val" else [])
     meta = kit.freeze(kit._own(), folder, "full")
-    path = Dynamic(kit._own(), kit._own(), CONFIG, Policy(alarm=meta["alarm"]))
-    observed(path, samples, CONFIG, "again")
+    path = Dynamic(kit._own(), kit._own(), NANO, Policy(alarm=meta["alarm"]))
+    observed(path, samples, NANO, "again")
     assert meta["frozen_on"] == "3 validation frames"
     assert 0 < sum(alarm >= meta["alarm"] for alarm in path.watch.alarms) <= len(samples)
     assert any(alarm == pytest.approx(meta["alarm"]) for alarm in path.watch.alarms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from core.kit import InputError
+from kits.bev_perception.comparison import beyond
 from kits.bev_perception.data.boxes import Boxes
 from kits.bev_perception.data.classes import ATTRIBUTE_INDEX, CLASSES, LABELS
 from kits.bev_perception.data.geometry import about_z
@@ -324,3 +326,10 @@ def test_a_folder_through_results_file_and_groups(tmp_path: Path) -> None:
     parts = groups(data, tokens)
     assert {name: len(chosen) for name, chosen in parts.items()} == {"day": 4, "night": 4}
     assert matches.score(parts["night"]).truths["car"] == 8
+
+
+def test_what_is_lost_by_night_beyond_what_is_lost_by_day() -> None:
+    assert beyond(1.0, 1.5) == 0.5 and beyond(1.5, 1.0) == -0.5
+    assert beyond(-0.2, -0.1) == 0.0, "both have gained"
+    assert beyond(-0.2, 0.3) == 0.3 and beyond(0.3, -0.2) == -0.3
+    assert math.isnan(beyond(1.0, float("nan")))

@@ -107,7 +107,10 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, W) -> the layers of `out_indices`, layer i being (B, channels, H / 2^(i + 2), W / 2^(i + 2))."""
+    """Images (B, 3, H, W) -> the layers of `out_indices`, layer i being (B, channels, H / 2^(i + 2), W / 2^(i + 2)).
+
+    Layers behind the last of these are left out.
+    """
 
     def __init__(self, config: Backbone) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         inputs, self.channels = width, []
-        for index, count in enumerate(BLOCKS[config.depth]):
+        for index, count in enumerate((config.blocks or BLOCKS[config.depth])[: max(config.out_indices) + 1]):
             outputs, deformable = width * 2**index, config.deformable and index >= 2
             blocks = []
             for number in range(count):
@@ -161,7 +164,7 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
         outputs = []
-        for index in range(4):
+        for index in range(len(self.channels)):
             x = self.get_submodule(f"layer{index + 1}")(x)
             if index in self.config.out_indices:
                 outputs.append(x)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.files import write_text
+from core.kit import InputError
 
 CLASSES = (
     "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
@@ -37,7 +43,8 @@ class Backbone:
     `style` "pytorch" strides in a block's 3x3 convolution, "caffe" in its first 1x1. `deformable` makes the 3x3
     convolutions of layer3 and layer4 DCNv2. `out_indices` are the layers (0 to 3) that the FPN takes, `levels` how
     many it gives, the finest first. `frozen_stages` and `norm_frozen` are for training: -1 freezes nothing, 0 the
-    stem, 1 the stem and layer1; `norm_frozen` keeps every batch norm's statistics and scales.
+    stem, 1 the stem and layer1; `norm_frozen` keeps every batch norm's statistics and scales. `blocks` are those of the
+    four layers, where they are not as many as `depth` says.
     """
 
     depth: int = 50
@@ -48,6 +55,7 @@ class Backbone:
     levels: int = 1
     frozen_stages: int = 1
     norm_frozen: bool = True
+    blocks: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,3 +157,44 @@ NANO = Config(
     fusion=True,
 )
 CONFIGS = {config.name: config for config in (TINY, SMALL, BASE, NANO)}
+
+FILE = "detector.json"
+"""The config beside weights of a detector that is none of these."""
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """As JSON has it."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return found
+
+
+def from_json(data: Any, where: str) -> Config:
+    """Back from `to_json`; InputError that names `where` for what is no config."""
+    try:
+        fields: dict[str, Any] = {name: _tuples(value) for name, value in data.items()}
+        images, backbone = Images(**fields.pop("images")), Backbone(**fields.pop("backbone"))
+        return Config(images=images, backbone=backbone, **fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{where}: no config of a detector ({error}); give one that `fitkit search` left") from error
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Leave it beside weights."""
+    write_text(folder / FILE, json.dumps(to_json(config), indent=1) + "\n")
+
+
+def config_beside(weights: Path) -> Config:
+    """The config beside a file of weights, or else that of `nano`; InputError for a file that is none."""
+    place = weights.parent / FILE
+    if not place.is_file():
+        return NANO
+    try:
+        return from_json(json.loads(place.read_text(encoding="utf-8")), str(place))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{place}: no JSON ({error}); give a file that `fitkit search` left") from error

@@ -1,0 +1,156 @@
+"""The detector's search space: candidates and configs, weights that are shared, memories, and what evaluates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.kit import InputError
+from core.nas import Space, largest, smallest
+from kits.bev_perception import KIT, search
+from kits.bev_perception.data.streams import Shot, streams
+from kits.bev_perception.model.configs import FILE, NANO, config_beside, from_json, save_config, to_json
+from kits.bev_perception.model.detector import BEVFormer
+from kits.bev_perception.model.shared import grown, memory_of, taken
+from kits.bev_perception.search import Supernet, config_of, example, hand
+
+SPACE = Space(search.CHOICES)
+
+
+def drawn(count: int, **fixed: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(3)
+    return [{**SPACE.draw(rng), **fixed} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[list[Shot]]:
+    """Two rows of a shot of the short training set."""
+    found = streams(KIT.dataset(None, "train", "smoke"), 1, 0, train=True)
+    return [next(found) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    torch.manual_seed(0)
+    return Supernet().eval()
+
+
+def test_nano_is_a_candidate_and_its_config_is_nanos() -> None:
+    SPACE.encode(hand())
+    made = config_of(hand())
+    assert replace(made, name="nano", backbone=replace(made.backbone, blocks=None)) == NANO
+
+
+@pytest.mark.parametrize("candidate", [largest(SPACE), smallest(SPACE), hand(), *drawn(2)])
+def test_a_candidate_shares_the_largest_ones_weights_and_runs(supernet: Supernet, candidate: dict[str, Any]) -> None:
+    plain, config = supernet.detector(candidate), config_of(candidate)
+    shared = supernet.learner.detector.state_dict()
+    for name, tensor in plain.state_dict().items():
+        if "embed" not in name:
+            assert torch.equal(tensor, shared[name][tuple(slice(0, size) for size in tensor.shape)]), name
+    with torch.no_grad():
+        scores, codes, bev = plain(*example(candidate))
+    assert scores.shape == (1, config.num_query, 10) and codes.shape == (1, config.num_query, 10)
+    assert bev.shape == (1, config.bev_h**2, config.embed_dims)
+    assert all(torch.isfinite(t).all() for t in (scores, codes, bev))
+
+
+def test_the_largest_ones_extraction_is_the_supernet_to_the_bit(supernet: Supernet) -> None:
+    inputs = example(largest(SPACE))
+    with torch.no_grad():
+        pairs = zip(supernet.learner.detector(*inputs), supernet.detector(largest(SPACE))(*inputs))
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_supernet_begins_with_the_weights_of_the_shipped_detector() -> None:
+    net, shipped = Supernet(), KIT.model()
+    assert isinstance(shipped, BEVFormer)
+    net.begin(shipped)
+    own = shipped.state_dict()
+    for name, tensor in net.detector(hand()).state_dict().items():
+        if "embed" in name:  # brought to a finer grid and back
+            assert torch.corrcoef(torch.stack((tensor.flatten(), own[name].flatten())))[0, 1] > 0.9, name
+        else:
+            assert torch.equal(tensor, own[name]), name
+
+
+def test_every_weight_learns_and_statistics_are_kept_where_they_belong(rows: list[list[Shot]]) -> None:
+    torch.manual_seed(0)
+    net = Supernet(torch.ones(10)).train()
+    mean = net.learner.detector.img_backbone.bn1.running_mean
+    assert mean is not None
+    before = mean.clone()
+    for candidate in (largest(SPACE), smallest(SPACE)):
+        net.configure(candidate)
+        net(rows[0]).backward()
+    still = [n for n, p in net.named_parameters() if p.grad is None]
+    assert still == ["learner.detector.pts_bbox_head.code_weights"]
+    assert not torch.equal(before, mean)
+
+
+def test_each_of_a_steps_candidates_remembers_what_it_saw(rows: list[list[Shot]]) -> None:
+    net = Supernet(torch.ones(10)).eval()
+    with torch.no_grad():
+        for row, between in zip(rows, (drawn(1, side=40)[0], drawn(1, side=50)[0])):
+            for candidate in (largest(SPACE), smallest(SPACE), between):
+                net.configure(candidate)
+                assert torch.isfinite(net(row))
+    cells = {place: memory.shape[1] for place, memory in net._memories.items()}
+    assert cells == {0: 60**2, 1: 40**2, 2: 50**2}
+
+
+def test_a_candidate_learns_from_the_largest_one_too(rows: list[list[Shot]]) -> None:
+    torch.manual_seed(0)
+    net = Supernet(torch.ones(10)).eval()
+    alone = Supernet(torch.ones(10)).eval()
+    alone.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        net.configure(largest(SPACE))
+        net(rows[0])
+        torch.manual_seed(1)
+        net.configure(smallest(SPACE))
+        taught = net(rows[0])
+        torch.manual_seed(1)
+        alone.configure(smallest(SPACE))
+        assert float(taught) > float(alone(rows[0])), "what the two are apart is added"
+
+
+def test_memories_and_weights_of_cells_go_to_other_grids() -> None:
+    bev = torch.arange(16.0).view(1, 16, 1)
+    assert memory_of(bev, 4) is bev
+    fine = memory_of(bev, 8)
+    assert fine.shape == (1, 64, 1) and fine.min() == 0 and fine.max() == 15
+    assert torch.allclose(memory_of(torch.ones(2, 16, 3), 3), torch.ones(2, 9, 3))
+    with pytest.raises(InputError, match="no such weights"):
+        taken({}, {"a": (2,)})
+    with pytest.raises(InputError, match="wanted"):
+        taken({"a": torch.ones(2)}, {"a": (3,)})
+    larger = grown({"a": torch.ones(1, 2)}, {"a": torch.zeros(2, 3), "b": torch.zeros(1)})
+    assert larger["a"].tolist() == [[1, 1, 0], [0, 0, 0]] and larger["b"].tolist() == [0]
+
+
+def test_configs_are_stored_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    config = config_of(smallest(SPACE))
+    assert from_json(json.loads(json.dumps(to_json(config))), "here") == config
+    weights = tmp_path / "fp32.safetensors"
+    assert config_beside(weights) == NANO
+    save_config(config, tmp_path)
+    assert config_beside(weights) == config
+    (tmp_path / FILE).write_text("{}")
+    with pytest.raises(InputError, match=f"{FILE}: no config of a detector"):
+        config_beside(weights)
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(InputError, match="no JSON"):
+        config_beside(weights)
+
+
+def test_frames_to_judge_on_are_whole_scenes_from_all_over() -> None:
+    samples = KIT.dataset(None, "val", "smoke")
+    some = search.few(samples, 8)
+    assert len(some) == min(8, len(samples)) and some == sorted(some, key=samples.index)
