@@ -125,6 +125,15 @@ class Streamed(Protocol):
 
 
 @runtime_checkable
+class Telling(Protocol):
+    """A kit that has something to say about what its verdicts mean on some data."""
+
+    def remarks(self, data: Path | None, weights: Path | None) -> Sequence[str]:
+        """Sentences for the report of a run on a folder, or (None) on the generated set, with the weights given."""
+        ...
+
+
+@runtime_checkable
 class Kit(Protocol):
     """A task: model, data, loss, score, gates, recipes.
 

@@ -22,7 +22,7 @@ from core.figures import Estimated, Figure, Figures, Measured, Stage
 from core.files import write_text
 from core.hardware import Target, estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix, remembered
-from core.kit import InputError, Kit, Recipe
+from core.kit import InputError, Kit, Recipe, Telling
 from core.ledger import ledger
 from core.quantization import half_layers, layer_sqnr, packed_layers, quant_layers, unquantized
 from core.report import Report, judge, read_json
@@ -113,6 +113,7 @@ class Run:
                 notes=[
                     f"Scored on the split {split!r}: {len(samples)} samples, which the kit holds out of training and "
                     "of every choice it makes.",
+                    *(self.kit.remarks(self.data, self.weights) if isinstance(self.kit, Telling) else ()),
                     *notes,
                 ],
                 title=self.kit.title,

@@ -37,7 +37,10 @@ STAGES = ("steps", "export", "scores", "timing", "compare", "ledger", "report")
 
 
 class WithBaseline(ToyKit):
-    """Beside a tool that does the same job thirty times over."""
+    """Beside a tool that does the same job thirty times over, and with something to say of its verdicts."""
+
+    def remarks(self, data: Path | None, weights: Path | None) -> list[str]:
+        return [f"trained elsewhere ({data}, {weights})"]
 
     def baselines(self, samples: Any, threads: int) -> dict[str, Callable[[], Any]]:
         net = self.model()
@@ -89,6 +92,10 @@ def test_leaves_report_page_and_artifact(out: Path) -> None:
     artifact = Artifact.open(out / "artifact")
     assert set(artifact.variants) == {f"{p}-{r}" for p in ("fp32", "int8") for r in ("onnxruntime", "openvino")}
     assert not list(out.glob("*.new"))
+
+
+def test_a_kits_remarks_stand_among_the_notes(report: Report) -> None:
+    assert "trained elsewhere (None, None)" in report.notes
 
 
 def test_report_has_the_agreed_shape(out: Path) -> None:
