@@ -62,9 +62,15 @@ class SearchRun:
             found = control = search(task.space, task.evaluate, goals, plan)
         else:
             found, control = with_control(task.space, task.evaluate, goals, plan)
+        every = everything(found, control)
+        if not every:
+            last = [*found.trials, *control.trials][-1]
+            raise InputError(
+                f"{journal if self.storage is None else self.storage}: none of {len(found.trials)} candidates has a "
+                f"score, the last because of {last.why}; mend that and search without --resume"
+            )
         by_hand = Trial(-1, dict(task.hand), dict(task.evaluate(task.hand)), 0.0)
         # what beats the hand design by every goal, where anything does: the score alone trades one for another
-        every = everything(found, control)
         winner = max(dominating(by_hand, every, task.goals) or every, key=lambda t: _value(t, task.score))
         kept = task.keep(winner.candidate, self.out)
         report = self._report(task, found, control, by_hand, winner, kept)

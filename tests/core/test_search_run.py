@@ -120,6 +120,18 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_made(tmp_path: Pa
         SearchRun(KIT, "nsga2", 5, None, "smoke", tmp_path, False)()
 
 
+def test_a_search_whose_candidates_all_failed_says_why(tmp_path: Path) -> None:
+    class Broken(Searching):
+        def task(self, data: Path | None, preset: str, folder: Path, resume: bool) -> HillTask:
+            return HillTask(evaluate=broken)
+
+    def broken(candidate: Candidate) -> dict[str, float]:
+        raise ValueError("no memory left")
+
+    with pytest.raises(InputError, match=r"trials.log: none of 3 candidates .* no memory left .*without --resume"):
+        SearchRun(Broken(), "nsga2", 3, None, "smoke", tmp_path, False)()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
