@@ -81,6 +81,20 @@ def markdown_lidar(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told])
 
 
+def markdown_cues(found: dict[str, Any]) -> str:
+    """Which cue tells the frames with a sudden obstacle, and how many obstacles are looked at again."""
+    lines = ["| cue | area under the curve |", "|:--|--:|"]
+    lines += [f"| {name} | {value:.2f} |" for name, value in found["area"].items()]
+    alarm, clock = (found["looked"][name] for name in ("alarm", "clock"))
+    lines += [
+        "",
+        f"{found['events']} sudden obstacles in {found['frames']} frames of their scenes, split {found['split']}, in "
+        f"{found['runtime']}. Looked at again in time: {alarm['events']:.0f} by the alarm ({100 * alarm['share']:.1f} % "
+        f"of the frames), {clock['events']:.0f} by the clock ({100 * clock['share']:.1f} %).",
+    ]
+    return "\n".join(lines)
+
+
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
@@ -102,6 +116,8 @@ def rendered() -> dict[Path, str]:
                 text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))
         if (lidar := reports / "lidar.json").is_file():
             text = replace_block(text, f"{path.parent.name}-lidar", markdown_lidar(read_json(lidar)))
+        if (cues := reports / "cues.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-cues", markdown_cues(read_json(cues)))
         texts[path] = text
     return texts
 

@@ -6,10 +6,9 @@ along the same streams, each with a memory of its own.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from kits.bev_perception import training
 from kits.bev_perception.acceptance import RATE_HZ, matched
 from kits.bev_perception.data.keyframes import Keyframe, in_scenes
 from kits.bev_perception.data.streams import Shot, collate
-from kits.bev_perception.model.configs import NANO, Config, save_config
+from kits.bev_perception.model.configs import NANO, Config, config_beside, save_config
 from kits.bev_perception.model.denoising import Noise
 from kits.bev_perception.model.detector import BEVFormer, empty_memory, example_inputs
 from kits.bev_perception.model.learner import Batch, Learner, Losses
@@ -302,10 +301,11 @@ def _recorded(model: BEVFormer, samples: Sequence[Keyframe]) -> Iterator[tuple[T
 
 
 def few(samples: Sequence[Keyframe], count: int) -> list[Keyframe]:
-    """Whole scenes from all over the samples, as many as hold `count` frames; the last one is cut."""
+    """Whole scenes, drawn from all and as many as hold `count` frames; the last one is cut."""
     scenes = in_scenes(samples)
-    step = max(1, len(scenes) * len(scenes[0]) // count)
-    return [k for scene in scenes[::step] for k in scene][:count]
+    needed = -(-count // len(scenes[0]))
+    drawn = sorted(int(i) for i in np.random.default_rng(0).permutation(len(scenes))[:needed])
+    return [k for i in drawn for k in scenes[i]][:count]
 
 
 def example(candidate: Candidate) -> tuple[Tensor, ...]:
@@ -410,29 +410,26 @@ class DetectorTask:
     def keep(self, candidate: Candidate, folder: Path) -> str:
         """Train the winner on from the supernet's weights; its weights and config go to `folder`/winner."""
         place, config, setup = folder / "winner", config_of(candidate), self.setup
-        made = json.dumps(asdict(config))
-        told = place / "candidate.json"
-        if not told.is_file() or told.read_text(encoding="utf-8") != made:
+        weights = place / "fp32.safetensors"
+        if config_beside(weights) != config:
             shutil.rmtree(place, ignore_errors=True)  # another search's winner
         place.mkdir(parents=True, exist_ok=True)
-        told.write_text(made, encoding="utf-8")
+        save_config(config, place)
         judge = _judge(setup)
         start = judge.network(candidate)
         train_on, val = _samples(setup, "train"), _samples(setup, "val")
         (before, _), (ours, _) = scored(start, val), scored(_shipped(), val)
         epochs, share = FINISHED[setup.preset]
         schedule = replace(training.SCHEDULES[setup.preset], epochs=epochs, lr=3e-4)
-        heads = place / "start" / training.HEADS
-        heads.parent.mkdir(exist_ok=True)
+        heads = place / training.HEADS
         save_weights(judge.net.learner.heads(), heads)
         fitted = training.train_detector(
             train_on, schedule, place / "training", (place / "training").is_dir(), start=start, heads=heads,
             share=share,
         )  # fmt: skip
-        save_weights(fitted.model.half(), place / "fp32.safetensors")
-        save_config(config, place)
+        save_weights(fitted.model.half(), weights)
         model = BEVFormer(config)
-        load_weights(model, place / "fp32.safetensors")
+        load_weights(model, weights)
         after, mean_ap = scored(model.eval(), val)
         return (
             f"the winner was trained on for {epochs} epochs: NDS on the {len(val)} validation frames {before:.2f} to "
