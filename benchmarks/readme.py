@@ -89,8 +89,8 @@ def markdown_cues(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"{found['events']} sudden obstacles in {found['frames']} frames of their scenes, split {found['split']}, in "
-        f"{found['runtime']}. Looked at again in time: {alarm['events']:.0f} by the alarm ({100 * alarm['share']:.1f} % "
-        f"of the frames), {clock['events']:.0f} by the clock ({100 * clock['share']:.1f} %).",
+        f"{found['runtime']}. Looked at again in time: {alarm['events']:.0f} by the alarm ({100 * alarm['share']:.1f} "
+        f"% of the frames), {clock['events']:.0f} by the clock ({100 * clock['share']:.1f} %).",
     ]
     return "\n".join(lines)
 
