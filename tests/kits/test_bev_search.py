@@ -13,8 +13,10 @@ import torch
 
 from core.kit import InputError
 from core.nas import Space, largest, smallest
+from core.weights import save_weights
 from kits.bev_perception import KIT, search
 from kits.bev_perception.data.streams import Shot, streams
+from kits.bev_perception.kit import DETECTOR, BevPerception, told_by
 from kits.bev_perception.model.configs import FILE, NANO, config_beside, from_json, save_config, to_json
 from kits.bev_perception.model.detector import BEVFormer
 from kits.bev_perception.model.shared import grown, memory_of, taken
@@ -154,3 +156,25 @@ def test_frames_to_judge_on_are_whole_scenes_from_all_over() -> None:
     samples = KIT.dataset(None, "val", "smoke")
     some = search.few(samples, 8)
     assert len(some) == min(8, len(samples)) and some == sorted(some, key=samples.index)
+
+
+def test_the_kit_takes_a_winner_with_its_own_pictures_and_grid(tmp_path: Path) -> None:
+    config = config_of(smallest(SPACE))
+    torch.manual_seed(0)
+    save_weights(BEVFormer(config), tmp_path / "fp32.safetensors")
+    with pytest.raises(InputError, match="fp32.safetensors"):
+        KIT.model(tmp_path)  # without its config it does not fit
+    save_config(config, tmp_path)
+    model = KIT.model(tmp_path)
+    kit = KIT.of(model)
+    assert isinstance(model, BEVFormer) and model.config == config and isinstance(kit, BevPerception)
+    (graph,) = kit.exports()
+    assert graph.inputs["images"].shape[-2:] == (config.images.height, config.images.width)
+    samples = KIT.dataset(None, "val", "smoke")[:2]
+    found = kit.predictions(model, samples, "watching")
+    assert set(found) == {sample.token for sample in samples}
+    kit.pipeline(model, samples)()
+    meta = kit.freeze(model, None, "smoke")
+    assert told_by(meta) == config and told_by({}) == NANO and DETECTOR not in KIT.freeze(KIT.model(), None, "smoke")
+    with pytest.raises(InputError, match=r"manifest.json: no config"):
+        told_by({DETECTOR: {"name": "odd"}})
