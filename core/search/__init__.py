@@ -1,10 +1,10 @@
 """What a search is led by and held to: costs of candidates, and the time that they take on this machine."""
 
 from core.search.cost import Cost, Costs, cost, estimated_latency
-from core.search.latency import Checked, LatencyTable, Operator, operators, table
+from core.search.latency import Checked, LatencyTable, Operator, fitted_table, operators, table
 from core.search.task import Searched, Task
 
 __all__ = [
     "Checked", "Cost", "Costs", "LatencyTable", "Operator", "Searched", "Task", "cost", "estimated_latency",
-    "operators", "table",
+    "fitted_table", "operators", "table",
 ]  # fmt: skip

@@ -34,6 +34,8 @@ WHOLE = 0.5
 """Seconds for each network that is timed as a whole."""
 PRECISIONS = ("fp32", "int8")
 OPSET = 18
+Networks = Sequence[tuple[nn.Module, tuple[Tensor, ...]]]
+"""Plain networks with inputs of one sample each."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class LatencyTable:
                 bar.advance(name)
         return replace(self, seconds=known)
 
-    def fitted(self, networks: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]) -> LatencyTable:
+    def fitted(self, networks: Networks) -> LatencyTable:
         """The table fitted to what every other network takes as a whole, and checked against those between.
 
         Plain FP32 networks of batch 1, at least 8; InputError for fewer. Fitted by least squares of the shares, with an
@@ -172,6 +174,18 @@ class LatencyTable:
 
         tau = float(kendalltau(told[1::2], real[1::2]).statistic)
         return replace(table, checked=Checked(len(off), float(off.mean()), float(off.max()), tau))
+
+    def sentence(self, what: str) -> str:
+        """How the latency of one `what` is told, and how far off that was on networks it was not fitted to."""
+        off = self.checked
+        if off is None:
+            raise InputError("latency table: not checked against whole networks; fit it with `fitted`")
+        return (
+            f"latency is told for one {what} in {self.version} {self.precision.upper()} on {self.threads} threads from "
+            f"a table of {len(self.seconds)} operators measured on {self.device}; on {off.networks} whole networks "
+            f"that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by {100 * off.most:.0f} % at "
+            f"most, and ranks them with Kendall's tau {off.tau:.2f}"
+        )
 
     def _alone(self, operator: Operator | None, folder: Path) -> float:
         path = folder / "operator.onnx"
@@ -206,9 +220,18 @@ def table(runtime: str = "openvino", precision: str = "fp32", threads: int = 2) 
     return LatencyTable(runtime, f"{RUNTIME_TITLES[runtime]} {version}", precision, threads, device(), today())
 
 
-def whole_times(
-    networks: Sequence[tuple[nn.Module, tuple[Tensor, ...]]], runtime: str, threads: int
-) -> NDArray[np.float64]:
+def fitted_table(place: Path, networks: Callable[[], Networks], resume: bool) -> LatencyTable:
+    """The times of networks' operators in OpenVINO here, fitted to them as wholes and kept in `place`, from where
+    `resume` takes them.
+    """
+    if resume and place.is_file():
+        return LatencyTable.load(place)
+    found = table("openvino").fitted(networks())
+    found.save(place)
+    return found
+
+
+def whole_times(networks: Networks, runtime: str, threads: int) -> NDArray[np.float64]:
     """Milliseconds that FP32 networks take as a whole, exported and run in turns."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {}

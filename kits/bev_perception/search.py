@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from core.distillation import softened_binary_kl
 from core.nas import Candidate, Goal, OneOf, Phase, Space, Steps, largest, recalibrate, train_supernet, weighted
 from core.progress import progress
-from core.search import Costs, LatencyTable, operators, table
+from core.search import Costs, LatencyTable, fitted_table, operators
 from core.train import Schedule
 from core.weights import load_weights, save_weights
 from kits.bev_perception import training
@@ -347,16 +347,14 @@ def _samples(setup: Setup, split: str) -> Sequence[Keyframe]:
 
 def measure_table(setup: Setup, resume: bool) -> LatencyTable:
     """The times of the space's operators in OpenVINO here, fitted to whole networks; kept in the folder."""
-    place = Path(setup.folder) / "latency.json"
-    if resume and place.is_file():
-        return LatencyTable.load(place)
-    rng, space = np.random.default_rng(0), Space(CHOICES)
-    whole = 12 if setup.preset == "full" else 8
-    chosen = [hand(), *(space.draw(rng) for _ in range(whole - 1))]
-    networks = [(BEVFormer(config_of(c)).eval(), example(c)) for c in chosen]
-    found = table("openvino").fitted(networks)
-    found.save(place)
-    return found
+    rng, space, whole = np.random.default_rng(0), Space(CHOICES), 12 if setup.preset == "full" else 8
+
+    def networks() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+        return [
+            (BEVFormer(config_of(c)).eval(), example(c)) for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))
+        ]
+
+    return fitted_table(Path(setup.folder) / "latency.json", networks, resume)
 
 
 @dataclass(frozen=True)
@@ -394,16 +392,11 @@ class DetectorTask:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the metrics are."""
-        off = self.checked.checked
-        assert off is not None
         return (
             f"NDS and mAP are with the supernet's weights on {JUDGED[self.setup.preset]} validation frames at most, in "
             "torch; no frame that a report is scored on was looked at",
             f"every candidate is held to {TOPS:g} TOPS at {RATE_HZ:g} frames a second",
-            f"latency is told for one frame in {self.checked.version} FP32 on {self.checked.threads} threads from a "
-            f"table of {len(self.checked.seconds)} operators measured on {self.checked.device}; on {off.networks} "
-            f"whole networks that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by "
-            f"{100 * off.most:.0f} % at most, and ranks them with Kendall's tau {off.tau:.2f}",
+            self.checked.sentence("frame"),
             f"score is NDS, over nano's {self.setup.target_ms:.1f} ms times {self.setup.target_ms:.1f} ms / latency",
         )
 

@@ -28,7 +28,7 @@ from core.nas import (
     train_supernet,
     weighted,
 )
-from core.search import Costs, LatencyTable, operators, table
+from core.search import Costs, LatencyTable, fitted_table, operators
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
 from kits.pcb_inspection.data.augment import Ready, drawn, prepare
@@ -277,16 +277,15 @@ def _pairs(setup: Setup, split: str) -> Sequence[Any]:
 
 def measure_table(setup: Setup, resume: bool) -> LatencyTable:
     """The times of the space's operators in OpenVINO here, fitted to whole networks; kept in the folder."""
-    place = Path(setup.folder) / "latency.json"
-    if resume and place.is_file():
-        return LatencyTable.load(place)
-    rng, space = np.random.default_rng(0), Space(CHOICES)
-    whole = 16 if setup.preset == "full" else 8
-    chosen = [hand(), *(space.draw(rng) for _ in range(whole - 1))]
-    networks = [(PairDetector(design_of(c)).eval(), example(c)) for c in chosen]
-    found = table("openvino").fitted(networks)
-    found.save(place)
-    return found
+    rng, space, whole = np.random.default_rng(0), Space(CHOICES), 16 if setup.preset == "full" else 8
+
+    def networks() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+        return [
+            (PairDetector(design_of(c)).eval(), example(c))
+            for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))
+        ]
+
+    return fitted_table(Path(setup.folder) / "latency.json", networks, resume)
 
 
 @dataclass(frozen=True)
@@ -324,15 +323,10 @@ class DetectorTask:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the metrics are."""
-        off = self.checked.checked
-        assert off is not None
         return (
             "map is mAP50-95 with the supernet's weights on validation boards; no board that a report is scored on was "
             "looked at",
-            f"latency is told for one tile in {self.checked.version} FP32 on {self.checked.threads} threads from a "
-            f"table of {len(self.checked.seconds)} operators measured on {self.checked.device}; on {off.networks} "
-            f"whole networks that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by "
-            f"{100 * off.most:.0f} % at most, and ranks them with Kendall's tau {off.tau:.2f}",
+            self.checked.sentence("tile"),
             f"score is map, over {self.setup.target_ms:g} ms times {self.setup.target_ms:g} ms / latency",
         )
 
