@@ -183,8 +183,8 @@ class LatencyTable:
         return (
             f"latency is told for one {what} in {self.version} {self.precision.upper()} on {self.threads} threads from "
             f"a table of {len(self.seconds)} operators measured on {self.device}; on {off.networks} whole networks "
-            f"that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by {100 * off.most:.0f} % at "
-            f"most, and ranks them with Kendall's tau {off.tau:.2f}"
+            f"that it was not fitted to it is off by {100 * off.mean:.0f} % in the mean and by {100 * off.most:.0f} % "
+            f"at most, and ranks them with Kendall's tau {off.tau:.2f}"
         )
 
     def _alone(self, operator: Operator | None, folder: Path) -> float:
