@@ -57,7 +57,7 @@ SCHEDULES = {
                        clip=10.0), 0.5),
 }  # fmt: skip
 """Of the supernet, and the share of the scenes that an epoch shows."""
-FINISHED = {"full": (2, 1.0), "smoke": (1, 0.5)}
+FINISHED = {"full": (1, 1.0), "smoke": (1, 0.5)}
 """Epochs that the winner is trained on for, and the share of the scenes that each shows."""
 PATHS = 3
 TOPS = 10.0
