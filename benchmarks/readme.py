@@ -111,7 +111,7 @@ def rendered() -> dict[Path, str]:
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         if (tiny := reports / "tiny.json").is_file():
             text = replace_block(text, f"{path.parent.name}-tiny", markdown_tiny(read_json(tiny)))
-        for name in ("whole", "searched"):
+        for name in ("searched",):
             if (judged := reports / f"{name}.json").is_file():
                 text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))
         if (lidar := reports / "lidar.json").is_file():

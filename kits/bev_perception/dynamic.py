@@ -31,7 +31,7 @@ class Policy:
     A frame's alarm is the sum of three cues: `change`, `novelty` (0 to 1 each) and `doubt` (1 for each box that is as
     likely to be there as not) are their weights. From `alarm` on the frame is looked at again, while the budget lasts:
     `share` frames are earned a frame, `burst` at most are saved up. `ahead` (m) and `aside` (m) bound the way before
-    the car. The cues and the way were chosen by the 33 sudden obstacles of the generated training scenes.
+    the car. Cues, way and `burst` were chosen by the 33 sudden obstacles of the generated training scenes.
     """
 
     alarm: float = 5.0
@@ -39,7 +39,7 @@ class Policy:
     novelty: float = 1.0
     doubt: float = 1.0
     share: float = 0.25
-    burst: float = 2.0
+    burst: float = 4.0
     ahead: float = 20.0
     aside: float = 4.0
     near: float = 3.0
