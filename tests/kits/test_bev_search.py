@@ -178,3 +178,20 @@ def test_the_kit_takes_a_winner_with_its_own_pictures_and_grid(tmp_path: Path) -
     assert told_by(meta) == config and told_by({}) == NANO and DETECTOR not in KIT.freeze(KIT.model(), None, "smoke")
     with pytest.raises(InputError, match=r"manifest.json: no config"):
         told_by({DETECTOR: {"name": "odd"}})
+
+
+@pytest.mark.slow
+def test_a_search_from_end_to_end(tmp_path: Path) -> None:
+    from core.cli import main
+
+    out = tmp_path / "out"
+    command = ["search", "bev_perception", "--preset", "smoke", "--out", str(out), "--trials"]
+    assert main([*command, "2"]) == 0
+    found = json.loads((out / "search.json").read_text())
+    assert len(found["searched"]["trials"]) == len(found["control"]["trials"]) == 2
+    part = "control" if found["winner_of"] == "random" else "searched"
+    winner = {t["number"]: t["candidate"] for t in found[part]["trials"]}[found["winner"]]
+    model = KIT.model(out / "winner")
+    assert isinstance(model, BEVFormer) and model.config == config_of(winner)
+    assert main([*command, "3", "--resume"]) == 0
+    assert len(json.loads((out / "search.json").read_text())["searched"]["trials"]) == 3
