@@ -7,7 +7,7 @@ from core.pruning import Prune, Sparsify
 from core.quantization import MixedPrecision
 from kits.bev_perception.distil import FollowOriginal
 from kits.bev_perception.prune import prune_steps
-from kits.bev_perception.shipped import TakeShipped
+from kits.bev_perception.shipped import TakeWhole
 from kits.bev_perception.stem import DepthStem
 
 CNN = (
@@ -78,7 +78,7 @@ RECIPES = {
         ),
         Recipe(
             "shipped",
-            (TakeShipped(),),
+            (TakeWhole(),),
             "seconds",
             "what `whole` made of the shipped detector, ready; measured anew",
         ),

@@ -26,7 +26,7 @@ RECIPE = "whole"
 
 
 @dataclass(frozen=True)
-class TakeShipped(Step):
+class TakeWhole(Step):
     """Take the compressed detector that ships with the kit, in the place of the training that made it.
 
     For the shipped detector alone. Weights are loaded as they are; whatever a report says of them is measured anew.
@@ -42,14 +42,14 @@ def build(model: nn.Module) -> nn.Module:
     return small
 
 
-@handles(TakeShipped, lambda model, step, structure: build(model))
-def take_shipped(model: nn.Module, step: TakeShipped, context: Context) -> Outcome:
+@handles(TakeWhole, lambda model, step, structure: build(model))
+def take_shipped(model: nn.Module, step: TakeWhole, context: Context) -> Outcome:
     """The compressed detector, with what the steps of its recipe said when they made it."""
     if not is_there():
-        raise InputError(f"TakeShipped: none ships with this version; use --recipe mixed, or {RECIPE} to make one")
+        raise InputError(f"TakeWhole: none ships with this version; use --recipe mixed, or {RECIPE} to make one")
     if not is_default(context.original):
         raise InputError(
-            "TakeShipped: what ships was made of the shipped detector, and this is another; use --recipe mixed, or "
+            "TakeWhole: what ships was made of the shipped detector, and this is another; use --recipe mixed, or "
             f"--recipe {RECIPE} to make its own"
         )
     return Outcome(build(model), _card()["changed"])

@@ -15,7 +15,7 @@ from core.kit import InputError, Recipe
 from core.pruning import Sparsify
 from kits.bev_perception import shipped
 from kits.bev_perception.model.detector import BEVFormer
-from kits.bev_perception.shipped import TakeShipped, ship
+from kits.bev_perception.shipped import TakeWhole, ship
 from kits.bev_perception.stem import DepthStem
 from tests.kits.bev_models import MICRO
 from tests.kits.test_bev_lidar import Data
@@ -57,7 +57,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def taken(model: BEVFormer) -> tuple[torch.nn.Module, Any]:
-    return compress(model, Recipe("shipped", (TakeShipped(),), "", ""), kit())
+    return compress(model, Recipe("shipped", (TakeWhole(),), "", ""), kit())
 
 
 def test_what_a_run_made_is_taken_without_its_training(run: Path, weights: Path) -> None:

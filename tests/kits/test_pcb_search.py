@@ -12,7 +12,7 @@ import torch
 
 from core.kit import InputError
 from core.nas import Space, cut, largest, smallest
-from core.search import LatencyTable
+from core.search import LatencyTable, table
 from core.weights import save_weights
 from kits.pcb_inspection import search, training
 from kits.pcb_inspection.data.augment import Ready
@@ -134,7 +134,7 @@ def test_an_evaluation_says_what_a_candidate_is_worth(
     import kits.pcb_inspection as kit
 
     save_weights(supernet, tmp_path / "supernet.safetensors")
-    search.table(threads=1).save(tmp_path / "latency.json")
+    table(threads=1).save(tmp_path / "latency.json")
     monkeypatch.setattr(LatencyTable, "_alone", lambda self, operator, folder: 1e-3 if operator is None else 2e-3)
     pairs = kit.KIT.dataset(None, "train", "smoke")[:3]
     monkeypatch.setattr(type(kit.KIT), "dataset", lambda self, data, split, preset="full": pairs)
