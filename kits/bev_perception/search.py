@@ -425,7 +425,7 @@ class DetectorTask:
         load_weights(model, weights)
         after, mean_ap = scored(model.eval(), val)
         return (
-            f"the winner was trained on for {epochs} epoch{'s' * (epochs > 1)}: NDS on the {len(val)} validation frames {before:.2f} to "
+            f"the winner was trained on, {epochs} epoch(s): NDS on the {len(val)} validation frames {before:.2f} to "
             f"{after:.2f} % (mAP {mean_ap:.2f} %), nano's {ours:.2f} %; quantize and score it with: "
             f"fitkit run bev_perception --weights {place}"
         )
