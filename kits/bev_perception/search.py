@@ -123,6 +123,7 @@ class Supernet(nn.Module):
     """
 
     space = Space(CHOICES)
+    _above: Losses | None
 
     def __init__(self, class_weights: Tensor | None = None) -> None:
         super().__init__()
@@ -130,8 +131,6 @@ class Supernet(nn.Module):
         self._memories: dict[int, Tensor] = {}
         self._place, self._above = 0, None
         self.configure(largest(self.space))
-
-    _above: Losses | None
 
     def configure(self, candidate: Candidate) -> None:
         """Set the weights that the next forward takes to a candidate's."""
@@ -434,11 +433,11 @@ class DetectorTask:
 def make_task(data: Path | None, preset: str, folder: Path, resume: bool) -> DetectorTask:
     """Train the supernet and measure the table, unless `resume` finds them in the folder."""
     setup = Setup(str(folder), str(data) if data is not None else None, preset)
+    if not resume:  # a winner's training goes on where it was killed, and this one would be of other shared weights
+        shutil.rmtree(folder / "winner", ignore_errors=True)
     train(setup, resume)
     known = measure_table(setup, resume)
     needed = operators(BEVFormer(NANO).eval(), example(hand()))
-    known = known.measured(needed)
-    known.save(folder / "latency.json")
     setup = replace(setup, target_ms=known.latency(needed))
     costs = Costs(lambda candidate: (BEVFormer(config_of(candidate)).eval(), example(candidate)))
     most = TOPS * 1e12 / 2 / RATE_HZ

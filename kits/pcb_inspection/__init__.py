@@ -136,7 +136,7 @@ class PcbInspection:
         if data is not None or weights is not None:
             return ()
         return (
-            "The detector that ships was trained on DeepPCB's photographed boards, and these are generated ones, which "
+            "The detector that ships was trained on DeepPCB's boards, and these are generated ones, which "
             "it has never seen the like of: a gate on accuracy that fails here says how far it carries over. Give "
             "--data for the verdict on your boards; the kit's README has the one on DeepPCB's.",
         )
