@@ -3,11 +3,11 @@
     python benchmarks/bev_cues.py --out FILE [--weights benchmarks/weights] [--split train]
 
 Setup: the compressed detector in --weights (bev_whole.*) watches every scene of the split that holds a sudden obstacle,
-in torch on one core, three times over (660 frames for the 33 of the training scenes). For each cue, their sum, and the doubt as
-it was before (the most doubtful box within 35 m and 6 m aside): the area under the curve of the frames within half a
-second of an obstacle against all others of these scenes. Then how many obstacles have such a frame looked at again, by
-the alarm (frozen on the same scenes) and by about as many looks by the clock, which at most has saved up one. On the
-training scenes the cues were chosen, so what is told of those flatters them.
+in torch on one core, three times over (660 frames for the 33 of the training scenes). For each cue, their sum, and the
+doubt as it was before (the most doubtful box within 35 m and 6 m aside): the area under the curve of the frames within
+half a second of an obstacle against all others of these scenes. Then how many obstacles have such a frame looked at
+again, by the alarm (frozen on the same scenes) and by about as many looks by the clock. On the training scenes the cues
+were chosen, so what is told of those flatters them.
 """
 
 from __future__ import annotations
