@@ -1,12 +1,13 @@
 """Goes on with the training of what recipe `whole` made of the shipped detector, and makes it ready for `shipped`.
 
-    python benchmarks/bev_whole.py --out DIR [--weights benchmarks/weights] [--epochs 4] [--lr 5e-4] [--seed 0]
+    python benchmarks/bev_whole.py --out DIR [--weights DIR] [--epochs 4] [--lr 5e-4] [--nights 1] [--seed 0]
 
-Setup: the pruned, 2:4 sparse detector in --weights (bev_whole.safetensors, .json, bev_whole_heads.safetensors) is
-trained on towards the original along the generated training scenes on one core (17 to 25 minutes an epoch), then its
-precisions are chosen and calibrated. Leaves the three files anew, `whole.safetensors` and `whole.json` in DIR/weights;
-prints NDS and mAP on the validation frames, in torch. Killed, it goes on from the last epoch when it is started again.
-With `--epochs 0` it only makes the INT8 files. DIR/weights/whole.* beside the kit's weights are recipe `shipped`.
+Setup: the pruned, 2:4 sparse detector in --weights (bev_whole.safetensors, .json, bev_whole_heads.safetensors;
+default: those beside this file) is trained on towards the original along the generated training scenes on one core, 17
+to 25 minutes an epoch, scenes by night --nights times as often; then its precisions are chosen and calibrated. Leaves
+the three files anew, `whole.safetensors` and `whole.json` in DIR/weights; prints NDS and mAP on the validation frames,
+in torch. Killed, it goes on from the last epoch when it is started again. With `--epochs 0` it only makes the INT8
+files. DIR/weights/whole.* beside the kit's weights are recipe `shipped`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     options.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights")
     options.add_argument("--epochs", type=int, default=4)
     options.add_argument("--lr", type=float, default=5e-4)
+    options.add_argument("--nights", type=int, default=1)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--preset", choices=("smoke", "full"), default="full")
     given = options.parse_args()
@@ -63,7 +65,8 @@ def main() -> None:
         before.mkdir(exist_ok=True)
         shutil.copy(heads, before / HEADS)
         step = FollowOriginal(
-            given.epochs, given.lr, answers=1.0, ema=0.998, hold_zeros=True, free=DENSE, seed=given.seed
+            given.epochs, given.lr, answers=1.0, ema=0.998, nights=given.nights, hold_zeros=True, free=DENSE,
+            seed=given.seed,
         )  # fmt: skip
         done = follow(model, step, Context(kit.of(original), original, None, given.preset, work, True, 0))
         source = made / source.name

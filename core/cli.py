@@ -47,6 +47,10 @@ def parser(kit: Any = None) -> argparse.ArgumentParser:
                         "(default: a file in --out)")  # fmt: skip
     search.add_argument("--workers", default="1", help="processes that evaluate, or 'ray' for a cluster (default: 1)")
     search.add_argument("--seed", type=int, default=0)
+    search.add_argument("--fix", action="append", default=[], metavar="NAME=VALUE", help="a choice that is not "
+                        "searched, such as size=640; may be given several times")  # fmt: skip
+    search.add_argument("--finalists", type=int, default=1, help="of the best, so many are trained shortly each before "
+                        "one wins (default: 1, without)")  # fmt: skip
     for command in (run, train, search):
         command.add_argument("--preset", choices=PRESETS, default="full", help="smoke: a short trial (default: full)")
         command.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
@@ -189,10 +193,15 @@ def _search(kit: Any, options: argparse.Namespace) -> int:
         if not options.workers.isdigit() or int(options.workers) < 1:
             raise InputError(f"--workers {options.workers}: expected a number above 0, or 'ray'")
         workers = int(options.workers)
+    if options.finalists < 1:
+        raise InputError(f"--finalists {options.finalists}: expected 1 or more")
+    for text in options.fix:
+        if "=" not in text:
+            raise InputError(f"--fix {text}: expected NAME=VALUE, such as size=640")
     out = options.out or Path("runs") / f"{kit.name}-search"
     report = SearchRun(
         kit, options.searcher, options.trials, _folder(options.data), options.preset, out, options.resume,
-        options.storage, workers, options.seed,
+        options.storage, workers, options.seed, dict(text.split("=", 1) for text in options.fix), options.finalists,
     )()  # fmt: skip
     show(report)
     print(f"report: {out / 'report.html'}   trials: {out / 'search.json'}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from core.figures import Estimated, Figure, Figures, Measured
 from core.files import write_text
 from core.kit import InputError, Kit, Recipe
 from core.nas import PARETO, RANDOM, SEARCHERS, Found, Goal, SearchPlan, Trial, as_json, pareto, search, with_control
+from core.progress import progress
 from core.report import Picture, Report
 from core.search.task import Searched, Task, told
 
 HAND = "by hand"
+FINALISTS = "finalists"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class SearchRun:
     """What to search: a kit's space on a folder of data or (None) the kit's generated set, for so many trials.
 
     `searcher`, `storage`, `workers` and `seed` as in `core.nas.SearchPlan`; without a storage the trials are kept in
-    `out`, from which `resume` goes on.
+    `out`, from which `resume` goes on. `fixed` choices are not searched. Of the best, `finalists` are trained shortly
+    each, and the best of those wins: shared weights rank candidates roughly.
     """
 
     kit: Kit
@@ -38,6 +42,8 @@ class SearchRun:
     storage: str | None = None
     workers: int | str = 1
     seed: int = 0
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    finalists: int = 1
 
     def __call__(self) -> Report:
         """Search, and leave `report.json`, `report.html`, `search.json` and what the kit keeps of the winner in `out`.
@@ -56,12 +62,14 @@ class SearchRun:
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.resume:
             journal.unlink(missing_ok=True)
+            shutil.rmtree(self.out / FINALISTS, ignore_errors=True)
         task = self.kit.task(self.data, self.preset, self.out, self.resume)
+        space = task.space.fixed(self.fixed)
         goals = tuple(task.goals) if self.searcher in (PARETO, RANDOM) else (task.score,)
         if self.searcher == RANDOM:
-            found = control = search(task.space, task.evaluate, goals, plan)
+            found = control = search(space, task.evaluate, goals, plan)
         else:
-            found, control = with_control(task.space, task.evaluate, goals, plan)
+            found, control = with_control(space, task.evaluate, goals, plan)
         every = everything(found, control)
         if not every:
             last = [*found.trials, *control.trials][-1]
@@ -71,16 +79,32 @@ class SearchRun:
             )
         by_hand = Trial(-1, dict(task.hand), dict(task.evaluate(task.hand)), 0.0)
         # what beats the hand design by every goal, where anything does: the score alone trades one for another
-        winner = max(dominating(by_hand, every, task.goals) or every, key=lambda t: _value(t, task.score))
+        best = distinct(dominating(by_hand, every, task.goals) or every, task.score)[: max(self.finalists, 1)]
+        final = self._trained(task, best) if len(best) > 1 else []
+        winner = best[final.index(max(final, key=lambda t: _value(t, task.score)))] if final else best[0]
         kept = task.keep(winner.candidate, self.out)
         report = self._report(task, found, control, by_hand, winner, kept)
+        if final:
+            report = replace(report, tables=(*report.tables, _finals(task, best, final, winner)))
         data = {
             "searched": as_json(found), "control": as_json(control), "hand": _trial(by_hand), "winner": winner.number,
-            "winner_of": (found if winner in found.scored else control).searcher, "space": task.space.to_json(),
+            "winner_of": (found if winner in found.scored else control).searcher, "space": space.to_json(),
+            "finalists": [{"candidate": dict(t.candidate), "shared": t.metrics, "trained": f.metrics}
+                          for t, f in zip(best, final)],
         }  # fmt: skip
         write_text(self.out / "search.json", json.dumps(data, indent=1) + "\n")
         report.save(self.out)
         return report
+
+    def _trained(self, task: Task, best: Sequence[Trial]) -> list[Trial]:
+        """The same candidates with the metrics that a short training of its own gives each."""
+        found = []
+        with progress("training finalists", len(best)) as bar:
+            for place, trial in enumerate(best):
+                folder = self.out / FINALISTS / f"{place:02}"
+                found.append(replace(trial, metrics=dict(task.trained(trial.candidate, folder))))
+                bar.advance(f"{task.score.name} {(found[-1].metrics or {})[task.score.name]:.4g}")
+        return found
 
     def _report(self, task: Task, found: Found, control: Found, by_hand: Trial, winner: Trial, kept: str) -> Report:
         goals = task.goals
@@ -152,6 +176,12 @@ def dominating(by_hand: Trial, trials: Sequence[Trial], goals: Sequence[Goal]) -
     return ahead
 
 
+def distinct(trials: Sequence[Trial], score: Goal) -> list[Trial]:
+    """The best first, each candidate once."""
+    ordered = sorted(trials, key=lambda t: -_value(t, score))
+    return list({tuple(sorted(t.candidate.items())): t for t in reversed(ordered)}.values())[::-1]
+
+
 def compared(found: Found, control: Found, goal: Goal) -> str:
     """The best of a searcher beside that of the control, in words."""
     ours, theirs = (max(_value(t, goal) for t in f.scored) for f in (found, control))
@@ -170,6 +200,25 @@ def _against(task: Task, found: Found, control: Found, by_hand: Trial) -> dict[s
     return {
         "title": "Against random search", "columns": ["trials", found.searcher, control.searcher], "rows": rows,
         "note": f"best {task.score.name} so far; the hand design has {mine}",
+    }  # fmt: skip
+
+
+def _finals(task: Task, best: Sequence[Trial], final: Sequence[Trial], winner: Trial) -> dict[str, Any]:
+    """What shared weights and what a training of its own say of each finalist."""
+    names = [name for name in task.units if name in (final[0].metrics or {})]
+    rows = []
+    for shared, alone in zip(best, final):
+        mark = f"{shared.number}{' (winner)' if shared is winner else ''}"
+        before, after = shared.metrics or {}, alone.metrics or {}
+        rows.append(
+            [mark, _rounded(before[task.score.name]), *(_rounded(after[n]) for n in names), told(shared.candidate)]
+        )
+    return {
+        "title": "Finalists",
+        "columns": ["trial", f"{task.score.name}, shared weights", *(_headed(n, task.units[n]) for n in names),
+                    "candidate"],
+        "rows": rows,
+        "note": "the best by shared weights, each after a short training of its own, which chose the winner",
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -171,6 +171,21 @@ class Space:
     def size(self) -> float:
         """How many candidates there are without the bounds; infinite with a `Span`."""
         return math.prod(choice.size for choice in self.choices.values())
+
+    def fixed(self, values: Mapping[str, str]) -> Space:
+        """The space with some choices made, each given as its value is written; InputError for one not there."""
+        choices = dict(self.choices)
+        for name, text in values.items():
+            if name not in choices:
+                raise InputError(f"{name}: no choice of this space; known are {', '.join(choices)}")
+            choice = choices[name]
+            if not isinstance(choice, OneOf):
+                raise InputError(f"{name}: a span of numbers, of which none can be fixed; fix one of the other choices")
+            found = [value for value in choice.values if str(value) == text]
+            if not found:
+                raise InputError(f"{name} {text}: expected one of {', '.join(map(str, choice.values))}")
+            choices[name] = replace(choice, values=(found[0],))
+        return replace(self, choices=choices)
 
     def decode(self, vector: NDArray[np.float64]) -> dict[str, Value]:
         """The candidate at a point of the unit cube, one coordinate a choice."""

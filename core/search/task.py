@@ -44,6 +44,10 @@ class Task(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
 
+    def trained(self, candidate: Candidate, folder: Path) -> Mapping[str, float]:
+        """A candidate's metrics after a short training of its own, which goes on in `folder` where it was killed."""
+        ...
+
     def keep(self, candidate: Candidate, folder: Path) -> str:
         """Leave what is needed to go on from a candidate; returns a line that says how."""
         ...

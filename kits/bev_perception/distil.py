@@ -35,8 +35,9 @@ from kits.bev_perception.training import HEADS, LANES, Memory, learner_of, shown
 class FollowOriginal(Step):
     """Train as the original was, and towards its neck, distances, BEV, dense head and answers, by these weights.
 
-    An epoch shows a `share` of the scenes, other ones each time. With `hold_zeros` weights that are 2:4 sparse stay so,
-    but for those whose names match a pattern in `free`, which may fill their zeros in.
+    An epoch shows a `share` of the scenes, other ones each time, and those by night `nights` times as often. With
+    `hold_zeros` weights that are 2:4 sparse stay so, but for those whose names match a pattern in `free`, which may
+    fill their zeros in.
     """
 
     epochs: int
@@ -48,6 +49,7 @@ class FollowOriginal(Step):
     answers: float = 0.0
     ema: float = 0.99
     share: float = 1.0
+    nights: int = 1
     hold_zeros: bool = False
     free: tuple[str, ...] = ()
     seed: int = 0
@@ -55,6 +57,8 @@ class FollowOriginal(Step):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InputError(f"FollowOriginal.share: {self.share}, expected more than 0 and at most 1")
+        if self.nights < 1:
+            raise InputError(f"FollowOriginal.nights: {self.nights}, expected 1 or more")
 
 
 class _Following(nn.Module):
@@ -126,7 +130,7 @@ def follow(model: nn.Module, step: FollowOriginal, context: Context) -> Outcome:
         step.epochs, LANES, step.lr, weight_decay=0.01, warmup=0.05, clip=10.0, ema=step.ema, seed=step.seed
     )
 
-    batches, steps = shown(samples, LANES, step.share, step.seed)
+    batches, steps = shown(samples, LANES, step.share, step.seed, step.nights)
     held = [
         p for name, p in model.named_parameters()
         if step.hold_zeros and p.ndim >= 2 and p.any() and check_pattern(p, 2, 4)

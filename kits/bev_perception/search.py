@@ -59,6 +59,8 @@ SCHEDULES = {
 """Of the supernet, and the share of the scenes that an epoch shows."""
 FINISHED = {"full": (1, 1.0), "smoke": (1, 0.5)}
 """Epochs that the winner is trained on for, and the share of the scenes that each shows."""
+SHORT = {"full": (1, 0.4), "smoke": (1, 0.5)}
+"""The same of a finalist."""
 PATHS = 3
 TOPS = 10.0
 """The most that a car gives, at RATE_HZ frames a second."""
@@ -263,11 +265,14 @@ class Judge:
         self.known = Path(setup.folder) / "latency.json"
 
     def __call__(self, candidate: Candidate) -> dict[str, float]:
-        plain, inputs = self.network(candidate), example(candidate)
+        return self.metrics(candidate, *scored(self.network(candidate), self.samples))
+
+    def metrics(self, candidate: Candidate, nds: float, mean_ap: float) -> dict[str, float]:
+        """What a candidate costs beside NDS and mAP, and the score of both."""
+        plain, inputs = BEVFormer(config_of(candidate)).eval(), example(candidate)
         found = operators(plain, inputs)
         self.table = (self.table or LatencyTable.load(self.known)).measured(found)
         costs, latency = Costs(lambda _: (plain, inputs)).of(candidate), self.table.latency(found)
-        nds, mean_ap = scored(plain, self.samples)
         return {
             "nds": nds,
             "latency": latency,
@@ -399,6 +404,25 @@ class DetectorTask:
             f"score is NDS, over nano's {self.setup.target_ms:.1f} ms times {self.setup.target_ms:.1f} ms / latency",
         )
 
+    def trained(self, candidate: Candidate, folder: Path) -> dict[str, float]:
+        """Train it for `SHORT` of the scenes from the supernet's weights; what the validation frames say of it then."""
+        model = self._train(candidate, folder, *SHORT[self.setup.preset])
+        judge = _judge(self.setup)
+        return judge.metrics(candidate, *scored(model.eval(), judge.samples))
+
+    def _train(self, candidate: Candidate, folder: Path, epochs: int, share: float) -> BEVFormer:
+        """A candidate trained on from the supernet's weights, with the heads that trained along there."""
+        judge = _judge(self.setup)
+        heads = folder.parent / training.HEADS
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(judge.net.learner.heads(), heads)
+        fitted = training.train_detector(
+            _samples(self.setup, "train"), replace(training.SCHEDULES[self.setup.preset], epochs=epochs, lr=3e-4),
+            folder, folder.is_dir(), start=judge.network(candidate), heads=heads, share=share,
+        )  # fmt: skip
+        assert isinstance(fitted.model, BEVFormer)
+        return fitted.model
+
     def keep(self, candidate: Candidate, folder: Path) -> str:
         """Train the winner on from the supernet's weights; its weights and config go to `folder`/winner."""
         place, config, setup = folder / "winner", config_of(candidate), self.setup
@@ -407,19 +431,9 @@ class DetectorTask:
             shutil.rmtree(place, ignore_errors=True)  # another search's winner
         place.mkdir(parents=True, exist_ok=True)
         save_config(config, place)
-        judge = _judge(setup)
-        start = judge.network(candidate)
-        train_on, val = _samples(setup, "train"), _samples(setup, "val")
-        (before, _), (ours, _) = scored(start, val), scored(_shipped(), val)
-        epochs, share = FINISHED[setup.preset]
-        schedule = replace(training.SCHEDULES[setup.preset], epochs=epochs, lr=3e-4)
-        heads = place / training.HEADS
-        save_weights(judge.net.learner.heads(), heads)
-        fitted = training.train_detector(
-            train_on, schedule, place / "training", (place / "training").is_dir(), start=start, heads=heads,
-            share=share,
-        )  # fmt: skip
-        save_weights(fitted.model.half(), weights)
+        val, (epochs, share) = _samples(setup, "val"), FINISHED[setup.preset]
+        (before, _), (ours, _) = scored(_judge(setup).network(candidate), val), scored(_shipped(), val)
+        save_weights(self._train(candidate, place / "training", epochs, share).half(), weights)
         model = BEVFormer(config)
         load_weights(model, weights)
         after, mean_ap = scored(model.eval(), val)

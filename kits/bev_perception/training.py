@@ -34,14 +34,17 @@ SCHEDULES = {
 
 
 def shown(
-    samples: Sequence[Keyframe], lanes: int, share: float, seed: int
+    samples: Sequence[Keyframe], lanes: int, share: float, seed: int, nights: int = 1
 ) -> tuple[Callable[[int], Iterator[list[Shot]]], int]:
     """What each epoch shows, a `share` of the scenes and others each time, and how many rows of `lanes` that are.
+
+    Scenes by night are there `nights` times, each time cut and varied in another way.
 
     Where several processes train, each takes a row of its own a step.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    scenes = in_scenes(samples)
+    scenes = [s for s in in_scenes(samples) for _ in range(nights if s[0].data.scenes[s[0].scene].night else 1)]
+    frames = sum(len(scene) for scene in scenes)
     order = np.random.default_rng(seed).permutation(len(scenes))
     count = max(1, round(share * len(scenes)))
 
@@ -51,7 +54,7 @@ def shown(
             for process in range(processes):
                 yield row[process * lanes : (process + 1) * lanes]
 
-    return batches, max(1, -(-round(share * len(samples)) // (lanes * processes))) * processes
+    return batches, max(1, -(-round(share * frames) // (lanes * processes))) * processes
 
 
 def learner_of(detector: BEVFormer, samples: Iterable[Keyframe]) -> Learner:

@@ -29,6 +29,7 @@ from core.nas import (
     weighted,
 )
 from core.search import Costs, LatencyTable, fitted_table, operators
+from core.train import Fit
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
 from kits.pcb_inspection.data.augment import Ready, drawn, prepare
@@ -63,6 +64,8 @@ PHASES = {
 """Progressive shrinking: what is free, phase by phase, and epochs."""
 FINISHED = {"full": 64, "smoke": 1}
 """Epochs that the winner is trained on for."""
+SHORT = {"full": 8, "smoke": 1}
+"""Epochs of a finalist."""
 PATHS = 3
 TARGET_MS = 8.0
 """Of one tile in the exported FP32 network, two thirds of the hand design's: up to it only accuracy counts."""
@@ -204,12 +207,16 @@ class Judge:
         self.table: LatencyTable | None = None
 
     def __call__(self, candidate: Candidate) -> dict[str, float]:
-        plain, inputs = self.network(candidate), example(candidate)
+        plain = self.network(candidate)
+        return self.metrics(candidate, average_precision(plain, self.validation, design_of(candidate).size))
+
+    def metrics(self, candidate: Candidate, accuracy: float) -> dict[str, float]:
+        """What a candidate costs beside an accuracy, and the score of both."""
+        plain, inputs = PairDetector(design_of(candidate)).eval(), example(candidate)
         found = operators(plain, inputs)
         self.table = (self.table or LatencyTable.load(self.known)).measured(found)
         costs = Costs(lambda _: (plain, inputs)).of(candidate)
         latency = self.table.latency(found)
-        accuracy = average_precision(plain, self.validation, design_of(candidate).size)
         return {
             "map": accuracy,
             "latency": latency,
@@ -330,6 +337,26 @@ class DetectorTask:
             f"score is map, over {self.setup.target_ms:g} ms times {self.setup.target_ms:g} ms / latency",
         )
 
+    def trained(self, candidate: Candidate, folder: Path) -> dict[str, float]:
+        """Train it for `SHORT` epochs from the supernet's weights; mAP50-95 on the validation boards, and the score."""
+        fitted, _ = self._train(candidate, folder, SHORT[self.setup.preset])
+        judge, design = _judge(self.setup), design_of(candidate)
+        accuracy = average_precision(fitted.model.eval(), judge.validation, design.size)
+        return judge.metrics(candidate, accuracy)
+
+    def _train(self, candidate: Candidate, folder: Path, epochs: int) -> tuple[Fit, str]:
+        """A candidate trained on from the supernet's weights, towards a teacher, and the teacher's name."""
+        detector, judge = PairDetector(design_of(candidate)), _judge(self.setup)
+        detector.load_state_dict(judge.network(candidate).state_dict())
+        ready = prepare(_pairs(self.setup, "train"))
+        basis = training.SCHEDULES[self.setup.preset]
+        teacher, name = judge.teacher()
+        fitted = training.train_detector(
+            ready, judge.validation, replace(basis, epochs=epochs, lr=basis.lr / 2), folder, folder.is_dir(),
+            start=detector, larger=[teacher],
+        )  # fmt: skip
+        return fitted, name
+
     def keep(self, candidate: Candidate, folder: Path) -> str:
         """Train the winner on from the supernet's weights; its weights and design go to `folder`/winner."""
         design, place = design_of(candidate), folder / "winner"
@@ -337,21 +364,13 @@ class DetectorTask:
             shutil.rmtree(place, ignore_errors=True)  # another search's winner
         place.mkdir(parents=True, exist_ok=True)
         save_design(design, place / FILE)
-        detector, judge = PairDetector(design), _judge(self.setup)
-        detector.load_state_dict(judge.network(candidate).state_dict())
-        before = average_precision(detector.eval(), judge.validation, design.size)
-        ready = prepare(_pairs(self.setup, "train"))
-        basis = training.SCHEDULES[self.setup.preset]
-        schedule = replace(basis, epochs=FINISHED[self.setup.preset], lr=basis.lr / 2)
-        teacher, name = judge.teacher()
-        fitted = training.train_detector(
-            ready, judge.validation, schedule, place / "training", (place / "training").is_dir(), start=detector,
-            larger=[teacher],
-        )  # fmt: skip
+        judge, epochs = _judge(self.setup), FINISHED[self.setup.preset]
+        before = average_precision(judge.network(candidate), judge.validation, design.size)
+        fitted, name = self._train(candidate, place / "training", epochs)
         save_weights(fitted.model, place / "fp32.safetensors")
         after = average_precision(fitted.model.eval(), judge.validation, design.size)
         return (
-            f"the winner was trained on for {schedule.epochs} epochs, towards {name} as well: mAP50-95 on the "
+            f"the winner was trained on for {epochs} epochs, towards {name} as well: mAP50-95 on the "
             f"validation boards {before:.2f} to {after:.2f} %; quantize and score it with: "
             f"fitkit run pcb_inspection --weights {place}"
         )

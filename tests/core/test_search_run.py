@@ -42,6 +42,10 @@ class HillTask:
     def hand(self) -> Candidate:
         return {"width": 16, "depth": 3, "kernel": 3, "act": "relu", "ratio": 0.1}
 
+    def trained(self, candidate: Candidate, folder: Path) -> Mapping[str, float]:
+        folder.mkdir(parents=True)
+        return {**smooth(candidate), "score": -smooth(candidate)["score"]}
+
     def keep(self, candidate: Candidate, folder: Path) -> str:
         (folder / "kept.json").write_text(json.dumps(dict(candidate)))
         return "kept"
@@ -99,6 +103,28 @@ def test_random_search_alone_is_its_own_control(tmp_path: Path) -> None:
     assert found["searched"] == found["control"] and len(found["searched"]["trials"]) == 10
 
 
+def test_finalists_are_trained_each_and_the_best_of_them_wins(tmp_path: Path) -> None:
+    found = run(tmp_path, finalists=3)
+    finalists = found["finalists"]
+    shared = [f["shared"]["score"] for f in finalists]
+    assert len(finalists) == 3 and shared == sorted(shared, reverse=True) and len(set(shared)) == 3
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept == finalists[-1]["candidate"], "its training alone turns the order round"
+    *_, table = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert table["title"] == "Finalists" and [("winner" in row[0]) for row in table["rows"]] == [False, False, True]
+    run(tmp_path, finalists=2)
+    assert len(list((tmp_path / "finalists").iterdir())) == 2, "another search's trainings are gone"
+
+
+def test_what_is_fixed_is_not_searched(tmp_path: Path) -> None:
+    found = run(tmp_path, fixed={"width": "24", "act": "gelu"})
+    chosen = [t["candidate"] for part in ("searched", "control") for t in found[part]["trials"]]
+    assert {(c["width"], c["act"]) for c in chosen} == {(24, "gelu")} and len({c["depth"] for c in chosen}) > 1
+    assert found["space"]["choices"]["width"] == {"steps": [24]}
+    with pytest.raises(InputError, match="goes|begun|space"):
+        run(tmp_path, resume=True)
+
+
 def test_resume_goes_on_from_what_was_evaluated(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", trials=20)
     run(tmp_path / "parts", trials=7)
@@ -138,12 +164,27 @@ def test_a_search_whose_candidates_all_failed_says_why(tmp_path: Path) -> None:
         (["--workers", "many"], "--workers many: expected a number above 0, or 'ray'"),
         (["--workers", "0"], "--workers 0"),
         (["--trials", "few"], "argument --trials: invalid int value"),
+        (["--finalists", "0"], "--finalists 0: expected 1 or more"),
+        (["--fix", "width"], "--fix width: expected NAME=VALUE"),
         ([], "toy has no search space"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "tests.core.toy", *given]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"breadth": "8"}, "breadth: no choice of this space; known are width, depth"),
+        ({"width": "9"}, "width 9: expected one of 8, 16, 24"),
+        ({"ratio": "0.5"}, "ratio: a span of numbers"),
+    ],
+)
+def test_what_cannot_be_fixed_is_refused(given: dict[str, str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        SPACE.fixed(given)
 
 
 def trial(number: int, score: float, macs: float) -> Trial:
