@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -122,19 +122,51 @@ def _inner(start: int, side: int) -> tuple[int, int]:
     return (start + RIM if start else 0), (start + CROP - RIM if start + CROP < side else side)
 
 
+class Looking(Protocol):
+    """What looks at crops: (N, 4, CROP, CROP) to class logits (N, 6, h, w) and distances (N, 4, h, w), h = CROP / 8."""
+
+    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def alone(self) -> Looking:
+        """The same on one thread."""
+        ...
+
+
+class Crops:
+    """A network for any number of crops: `modules` take as many as their names in BATCHES say, more are split."""
+
+    def __init__(
+        self, modules: Mapping[int, nn.Module], again: Callable[[], Mapping[int, nn.Module]] | None = None
+    ) -> None:
+        """`again` makes the modules on one thread."""
+        self._modules, self._again = dict(modules), again
+
+    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        answers = []
+        for part, size in _batched(batch):
+            if size > len(part):
+                part = torch.cat((part, part.new_zeros(size - len(part), *part.shape[1:])))
+            answers.append(self._modules[size](part))
+        logits, distances = (torch.cat(parts)[: len(batch)] for parts in zip(*answers))
+        return logits, distances
+
+    def alone(self) -> Crops:
+        return self if self._again is None else Crops(self._again())
+
+
 class Conditional(nn.Module):
     """The network of a tile as a module of the same inputs and outputs that looks only where something differs.
 
-    `dense` takes (1, 4, S, S), `crops` by batch size (N, 4, CROP, CROP); from `crossover` crops on the whole tile is
-    looked at. `ways` counts which way tiles went: "clean", "crops", "dense".
+    `dense` takes (1, 4, S, S), `crops` (N, 4, CROP, CROP); from `crossover` crops on the whole tile is looked at.
+    `ways` counts which way tiles went: "clean", "crops", "dense".
     """
 
     def __init__(
-        self, dense: nn.Module, crops: Mapping[int, nn.Module], area: int, crossover: int,
+        self, dense: nn.Module, crops: Looking, area: int, crossover: int,
         gate: Callable[[Grey, Grey], list[Place] | None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dense, self._crops, self.area, self.crossover = dense, dict(crops), area, crossover
+        self.dense, self.crops, self.area, self.crossover = dense, crops, area, crossover
         self._gate = gate
         self.ways: Counter[str] = Counter()
         origin: Any = getattr(dense, "origin", None)
@@ -157,11 +189,9 @@ class Conditional(nn.Module):
         logits = torch.full((1, CLASS_COUNT, cells, cells), NOTHING)
         distances = torch.zeros(1, 4, cells, cells)
         self.ways["crops" if places else "clean"] += 1
-        for part, size in _batched(places):
-            batch = torch.zeros(size, 4, CROP, CROP)
-            for row, (top, left) in zip(batch, part):
-                row.copy_(planes[0, :, top : top + CROP, left : left + CROP])
-            for place, *answer in zip(part, *self._crops[size](batch)):
+        if places:
+            batch = torch.stack([planes[0, :, top : top + CROP, left : left + CROP] for top, left in places])
+            for place, *answer in zip(places, *self.crops(batch)):
                 self._paste(place, side, answer, (logits, distances))
         return logits, distances
 
@@ -169,9 +199,7 @@ class Conditional(nn.Module):
         """The same on one thread, of an artifact; it counts ways of its own."""
         origin: Origin = self.origin
         dense = origin.artifact.as_module(origin.variant, 1)
-        return Conditional(
-            dense, crop_modules(origin.artifact, origin.variant, 1), self.area, self.crossover, self._gate
-        )  # fmt: skip
+        return Conditional(dense, self.crops.alone(), self.area, self.crossover, self._gate)
 
     def _paste(self, place: Place, side: int, answer: Sequence[Tensor], into: tuple[Tensor, Tensor]) -> None:
         (top, bottom), (left, right) = (_inner(start, side) for start in place)
@@ -184,31 +212,38 @@ class Conditional(nn.Module):
         into[1][0][:, here[0], here[1]] = answer[1][:, there[0], there[1]]
 
 
-def _batched(places: Sequence[Place]) -> list[tuple[Sequence[Place], int]]:
-    """Places in batches, each with the size of the graph that takes it."""
-    found: list[tuple[Sequence[Place], int]] = []
-    rest = list(places)
-    while rest:
+def _batched(crops: Tensor) -> list[tuple[Tensor, int]]:
+    """Crops (N, ...) in batches, each with the size of the graph that takes it."""
+    found: list[tuple[Tensor, int]] = []
+    rest = crops
+    while len(rest):
         size = next((b for b in BATCHES if b >= len(rest)), BATCHES[-1])
         found.append((rest[:size], size))
         rest = rest[size:]
     return found
 
 
-def crop_modules(artifact: Artifact, variant: str | None, threads: int | None) -> dict[int, nn.Module]:
-    """The network for every size in BATCHES, from the file of the artifact."""
-    return {size: reshaped(artifact, [(size, 4, CROP, CROP)], variant, threads) for size in BATCHES}
+def crops_of(artifact: Artifact, variant: str | None, threads: int | None) -> Crops:
+    """The network for crops, from the file of the artifact."""
+
+    def on(threads: int | None) -> dict[int, nn.Module]:
+        return {size: reshaped(artifact, [(size, 4, CROP, CROP)], variant, threads) for size in BATCHES}
+
+    return Crops(on(threads), lambda: on(1))
 
 
-def crossover(dense: nn.Module, crops: Mapping[int, nn.Module], side: int, repeats: int = 15) -> int:
+def crossover(dense: nn.Module, crops: Looking, side: int, repeats: int = 15) -> int:
     """The number of crops from which the whole tile is no slower, measured here; medians of `repeats`."""
     tile = torch.rand(1, 4, side, side).round()
     whole = _median(lambda: dense(tile), repeats)
     most = (side // (CROP - 2 * RIM)) ** 2
-    times = {size: _median(lambda m=module, n=size: m(torch.rand(n, 4, CROP, CROP).round()), repeats)  # type: ignore[misc]
-             for size, module in crops.items()}  # fmt: skip
+    times = {}
+    for size in BATCHES:
+        batch = torch.rand(size, 4, CROP, CROP).round()
+        batch[:, 2] = 0.0  # copper is lost, and none gained, as in most crops
+        times[size] = _median(lambda shown=batch: crops(shown), repeats)  # type: ignore[misc]
     for count in range(1, most + 1):
-        spent = sum(times[size] for _, size in _batched([(0, 0)] * count))
+        spent = sum(times[size] for _, size in _batched(torch.empty(count)))
         if spent >= whole:
             return count
     return most + 1
@@ -232,5 +267,5 @@ def conditional(artifact: Artifact, variant: str | None, threads: int | None) ->
         )
     dense = artifact.as_module(variant, threads)
     side = int(artifact.graphs["detector"]["inputs"][0]["example"][-1])
-    crops = crop_modules(artifact, variant, threads)
+    crops = crops_of(artifact, variant, threads)
     return Conditional(dense, crops, int(artifact.meta["gate"]["area"]), crossover(dense, crops, side))

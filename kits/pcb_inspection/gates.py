@@ -47,7 +47,7 @@ def study(artifact: Artifact, variant: str, threads: int, pairs: Sequence[Pair])
     gates: dict[str, nn.Module] = {
         "always dense": gated.dense,
         "difference gate": gated,
-        "crops however many": Conditional(gated.dense, gated._crops, gated.area, NEVER),
+        "crops however many": Conditional(gated.dense, gated.crops, gated.area, NEVER),
         "oracle": _with_gate(gated, lambda gained, lost: around(shown.boxes, side)),
         "random": _with_gate(gated, lambda gained, lost: anywhere(_count(gated, gained, lost, side), side, shown.rng)),
     }
@@ -80,7 +80,7 @@ class _Shown:
 
 
 def _with_gate(like: Conditional, gate: Callable[[Grey, Grey], list[Place] | None]) -> Conditional:
-    return Conditional(like.dense, like._crops, like.area, like.crossover, gate)
+    return Conditional(like.dense, like.crops, like.area, like.crossover, gate)
 
 
 def _count(like: Conditional, gained: Grey, lost: Grey, side: int) -> int:

@@ -19,6 +19,7 @@ from kits.pcb_inspection.conditional import (
     NOTHING,
     RIM,
     Conditional,
+    Crops,
     _batched,
     blobs,
     conditional,
@@ -103,8 +104,8 @@ def test_small_pieces_pass_the_gate_unseen_and_large_ones_need_the_whole_tile() 
 
 def test_batches_take_every_crop_once() -> None:
     for count in range(30):
-        parts = _batched([(0, 32 * i) for i in range(count)])
-        assert [p for part, _ in parts for p in part] == [(0, 32 * i) for i in range(count)]
+        parts = _batched(torch.arange(count))
+        assert [int(n) for part, _ in parts for n in part] == list(range(count))
         assert all(len(part) <= size and size in BATCHES for part, size in parts)
 
 
@@ -130,7 +131,7 @@ def planes(gained: np.ndarray) -> torch.Tensor:
 
 def test_what_is_looked_at_is_what_the_whole_tile_would_say_and_the_rest_is_nothing() -> None:
     net = Local()
-    module = Conditional(net, dict.fromkeys(BATCHES, net), 1, 99)
+    module = Conditional(net, Crops(dict.fromkeys(BATCHES, net)), 1, 99)
     tile = planes(differing((200, 210, 12), (620, 4, 12), (330, 600, 8)))
     logits, distances = module(tile)
     assert net.calls == [(4, 4, CROP, CROP)] and dict(module.ways) == {"crops": 1}
@@ -145,7 +146,7 @@ def test_what_is_looked_at_is_what_the_whole_tile_would_say_and_the_rest_is_noth
 
 def test_a_clean_tile_costs_no_network_and_a_crowded_one_a_single_whole_look() -> None:
     net = Local()
-    module = Conditional(net, dict.fromkeys(BATCHES, net), 4, crossover=3)
+    module = Conditional(net, Crops(dict.fromkeys(BATCHES, net)), 4, crossover=3)
     logits, _ = module(planes(differing((50, 50, 1))))
     assert (logits == NOTHING).all() and net.calls == [] and dict(module.ways) == {"clean": 1}
     module(planes(differing((50, 50, 9), (300, 300, 9), (500, 100, 9))))
@@ -157,8 +158,9 @@ class Counted(nn.Module):
 
     cost = 0.0
 
-    def forward(self, x: torch.Tensor) -> None:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.cost = float(x.shape[0] * x.shape[2] * x.shape[3])
+        return x[:, :1], x[:, :1]
 
 
 def test_the_crossover_is_where_crops_cost_as_much_as_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +172,7 @@ def test_the_crossover_is_where_crops_cost_as_much_as_the_tile(monkeypatch: pyte
 
     monkeypatch.setattr("kits.pcb_inspection.conditional._median", cost)
     # 25 crops have the pixels of a tile, and the last of them fills a batch alone
-    assert crossover(module, dict.fromkeys(BATCHES, module), SIDE, repeats=3) == 25
+    assert crossover(module, Crops(dict.fromkeys(BATCHES, module)), SIDE, repeats=3) == 25
 
 
 @pytest.mark.parametrize("variant", ["fp32-onnxruntime", "fp32-openvino", "int8-onnxruntime", "int8-openvino"])
