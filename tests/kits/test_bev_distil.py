@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_what_trains_along_is_handed_on_from_step_to_step(samples: list[Keyframe
     assert 0 < moved < 0.3 * size, "begun anew they would have nothing in common"
     followed(samples, steps[0], folder=tmp_path)
     assert len(list(tmp_path.glob("*.heads"))) == 1, "a new run begins with those of no other"
+
+
+def test_nights_are_shown_as_often_as_asked_for(samples: list[Keyframe]) -> None:
+    by_night = {k.token for k in samples if k.data.scenes[k.scene].night}
+    assert 0 < len(by_night) < len(samples)
+    batches, steps = shown(samples, 1, 1.0, 0, nights=3)
+    count = Counter(shot.keyframe.token for (shot,) in batches(0))
+    assert steps == sum(count.values()) == 2 * len(by_night) + len(samples)
+    assert {token: n for token, n in count.items() if n != 1} == dict.fromkeys(by_night, 3)
+    with pytest.raises(InputError, match="nights: 0, expected 1 or more"):
+        FollowOriginal(epochs=1, nights=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
