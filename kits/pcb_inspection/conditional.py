@@ -41,6 +41,8 @@ MARGIN = 0.5
 
 OUTLINES = (cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
 
+Window = tuple[int, int, int, int]
+"""Top, bottom, left and right in pixels."""
 Place = tuple[int, int]
 """Upper left corner of a crop, row and column in pixels, on the grid of COARSEST."""
 
@@ -117,15 +119,24 @@ def _start(low: int, high: int, side: int) -> int:
     return int(min(max(wanted, 0), side - CROP))
 
 
+def _owned(place: Place, side: int) -> Window:
+    """The part of a crop whose answers are taken, in its own pixels."""
+    (top, bottom), (left, right) = (_inner(start, side) for start in place)
+    return top - place[0], bottom - place[0], left - place[1], right - place[1]
+
+
 def _inner(start: int, side: int) -> tuple[int, int]:
     """The part of a crop whose answers are taken."""
     return (start + RIM if start else 0), (start + CROP - RIM if start + CROP < side else side)
 
 
 class Looking(Protocol):
-    """What looks at crops: (N, 4, CROP, CROP) to class logits (N, 6, h, w) and distances (N, 4, h, w), h = CROP / 8."""
+    """What looks at crops: (N, 4, CROP, CROP) to class logits (N, 6, h, w) and distances (N, 4, h, w), h = CROP / 8.
 
-    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]: ...
+    `owned` are the parts of the crops whose answers are taken, all of them by default.
+    """
+
+    def __call__(self, batch: Tensor, owned: Sequence[Window] | None = None) -> tuple[Tensor, Tensor]: ...
 
     def alone(self) -> Looking:
         """The same on one thread."""
@@ -141,7 +152,7 @@ class Crops:
         """`again` makes the modules on one thread."""
         self._modules, self._again = dict(modules), again
 
-    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Tensor, owned: Sequence[Window] | None = None) -> tuple[Tensor, Tensor]:
         answers = []
         for part, size in _batched(batch):
             if size > len(part):
@@ -191,7 +202,7 @@ class Conditional(nn.Module):
         self.ways["crops" if places else "clean"] += 1
         if places:
             batch = torch.stack([planes[0, :, top : top + CROP, left : left + CROP] for top, left in places])
-            for place, *answer in zip(places, *self.crops(batch)):
+            for place, *answer in zip(places, *self.crops(batch, [_owned(place, side) for place in places])):
                 self._paste(place, side, answer, (logits, distances))
         return logits, distances
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.train import Fit, Schedule
 from kits.pcb_inspection import PcbInspection, training
-from kits.pcb_inspection.conditional import NOTHING, Looking, freeze_gate, least_area
+from kits.pcb_inspection.conditional import NOTHING, Looking, Window, freeze_gate, least_area
 from kits.pcb_inspection.data.augment import DUAL, Ready, prepare
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.resolution import seen_at
@@ -40,16 +40,22 @@ def inverted(planes: Tensor) -> Tensor:
 class Experts:
     """Crops through the expert `lost`, each as it is, inverted, or both ways, as its differences ask for.
 
-    A sign of which a crop has at least `area` pixels is looked for; of none so large, both are.
+    A sign of which the owned part of a crop has at least `area` pixels is looked for; of none so large, both are.
     """
 
     def __init__(self, lost: Looking, area: int) -> None:
         self._lost, self.area = lost, area
         self.looks = 0
 
-    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Tensor, owned: Sequence[Window] | None = None) -> tuple[Tensor, Tensor]:
         """(N, 4, H, W) -> class logits (N, 6, h, w) and distances (N, 4, h, w)."""
-        gained, lost = ((batch[:, plane] > 0.5).flatten(1).sum(1) >= self.area for plane in (2, 3))
+        parts = owned or [(0, batch.shape[2], 0, batch.shape[3])] * len(batch)
+        gained, lost = (
+            torch.tensor([
+                torch.count_nonzero(crop[plane, a:b, c:d] > 0.5) >= self.area
+                for crop, (a, b, c, d) in zip(batch, parts, strict=True)
+            ]) for plane in (2, 3)
+        )  # fmt: skip
         neither = ~gained & ~lost
         as_is, turned = (lost | neither).nonzero()[:, 0], (gained | neither).nonzero()[:, 0]
         self.looks += len(as_is) + len(turned)

@@ -84,6 +84,16 @@ def test_differences_below_the_area_call_for_no_look() -> None:
     assert experts.looks == 3
 
 
+def test_what_lies_at_the_rim_of_a_crop_is_none_of_its_business() -> None:
+    net = Loses()
+    experts = Experts(Crops(dict.fromkeys(BATCHES, net)), 1)
+    batch = crop(gained=(0, 0), lost=(8, 8))
+    experts(batch, [(24, 104, 24, 104)])
+    assert experts.looks == 1
+    experts(batch, [(0, 104, 0, 104)])
+    assert experts.looks == 3
+
+
 def test_both_ways_an_inverted_pair_has_the_dual_defects() -> None:
     torch.manual_seed(0)
     both = BothWays(PairDetector()).eval()
