@@ -17,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from core.compress import compress
-from core.evaluation.bench import bench
 from core.evaluation.measure import device, runtime_title
 from core.export import Artifact, export
 from core.figures import today
@@ -33,21 +31,17 @@ from kits.pcb_inspection import KIT, training
 from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.conditional import CROP, Conditional, conditional, crops_of, crossover
 from kits.pcb_inspection.data.augment import prepare
-from kits.pcb_inspection.data.defects import add_defects
 from kits.pcb_inspection.experts import DESIGN, ExpertKit, Experts, freeze_sign, train_expert
 from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
-from kits.pcb_inspection.gates import DENSITIES, NEVER, planes_of
-from kits.pcb_inspection.inspection import clean_boards, detect
+from kits.pcb_inspection.gates import DENSITIES, NEVER, crowded, times
+from kits.pcb_inspection.inspection import detect
 from kits.pcb_inspection.model.design import FILE, save_design
 from kits.pcb_inspection.model.inspector import input_side
 from kits.pcb_inspection.model.network import PairDetector
-from kits.pcb_inspection.model.pair import binarise
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
 
 VARIANT = "int8-openvino"
 WEIGHTS = "fp32.safetensors"
-BOARDS = 6
-"""Good boards that defects are drawn into."""
 SHOWN = ("official_ap", "map33", "map5095", "recall_any", "recall_right", "precision")
 
 
@@ -133,26 +127,7 @@ def scored(module: nn.Module, validation: Any, report: Any) -> dict[str, Any]:
 
 def density(ways: dict[str, nn.Module], pairs: Any, side: int, threads: int) -> list[dict[str, float]]:
     """Milliseconds of each way by the defects drawn into good boards, in turns."""
-    rows = []
-    for count in DENSITIES:
-        tiles = []
-        for number, pair in enumerate(clean_boards(pairs)[:BOARDS]):
-            test, template = pair.load()
-            if count:
-                test = add_defects(binarise(test), np.random.default_rng((count, number)), count)[0]
-            tiles.append(planes_of(test, template, side))
-
-        def through(module: nn.Module, shown: Any = tuple(tiles)) -> Any:
-            def call() -> None:
-                with torch.inference_mode():
-                    for tile in shown:
-                        module(tile)
-
-            return call
-
-        timed = bench({n: through(m) for n, m in ways.items()}, runs=15, threads=threads, label="density").timings
-        rows.append({"defects": float(count), **{name: t.p50 / len(tiles) for name, t in timed.items()}})
-    return rows
+    return [{"defects": float(n), **times(ways, crowded(pairs, n, side), threads)} for n in DENSITIES]
 
 
 def table(done: dict[str, Any]) -> str:

@@ -64,11 +64,11 @@ def study(artifact: Artifact, variant: str, threads: int, pairs: Sequence[Pair])
             tiles.append(planes_of(test, template, side))
             bar.advance()
     ways = {name: dict(m.ways) if isinstance(m, Conditional) else {"dense": len(pairs)} for name, m in gates.items()}
-    times = _times({n: m for n, m in gates.items() if n in ("always dense", "difference gate")}, tiles, threads)
+    spent = times({n: m for n, m in gates.items() if n in ("always dense", "difference gate")}, tiles, threads)
     studied = {}
     for name in gates:
         metrics = score(found[name], truths, float(artifact.meta["threshold"]), groups).figures()
-        studied[name] = Studied({k: metrics[k][0] for k in SHOWN}, times.get(name, float("nan")), ways[name])
+        studied[name] = Studied({k: metrics[k][0] for k in SHOWN}, spent.get(name, float("nan")), ways[name])
     return studied
 
 
@@ -110,7 +110,7 @@ def planes_of(test: Grey, template: Grey, side: int) -> Tensor:
     return to_input(pad(stack(board, golden), side, side))
 
 
-def _times(modules: Mapping[str, nn.Module], tiles: Sequence[Tensor], threads: int) -> dict[str, float]:
+def times(modules: Mapping[str, nn.Module], tiles: Sequence[Tensor], threads: int) -> dict[str, float]:
     """Median milliseconds of the network's part over tiles, in turns."""
 
     def through(module: nn.Module) -> Callable[[], Any]:
@@ -133,17 +133,24 @@ def by_density(
     side = input_side(gated.dense)
     rows = []
     for density in DENSITIES:
-        tiles, counts = [], []
-        for number, pair in enumerate(clean_boards(pairs)[:boards]):
-            test, template = pair.load()
-            if density:
-                test = add_defects(binarise(test), np.random.default_rng((density, number)), density)[0]
-            tiles.append(planes_of(test, template, side))
-            gained, lost = (np.ascontiguousarray((p.numpy() > 0.5).astype(np.uint8)) for p in tiles[-1][0, 2:])
+        tiles, counts = crowded(pairs, density, side, boards), []
+        for tile in tiles:
+            gained, lost = (np.ascontiguousarray((p.numpy() > 0.5).astype(np.uint8)) for p in tile[0, 2:])
             counts.append(_count(gated, gained, lost, side))
-        times = _times({"dense": gated.dense, "gated": gated}, tiles, threads)
-        rows.append((density, float(np.mean(counts)), times["gated"], times["dense"]))
+        spent = times({"dense": gated.dense, "gated": gated}, tiles, threads)
+        rows.append((density, float(np.mean(counts)), spent["gated"], spent["dense"]))
     return rows
+
+
+def crowded(pairs: Sequence[Pair], density: int, side: int, boards: int = 6) -> list[Tensor]:
+    """The network's input of good boards with so many defects drawn into each."""
+    tiles = []
+    for number, pair in enumerate(clean_boards(pairs)[:boards]):
+        test, template = pair.load()
+        if density:
+            test = add_defects(binarise(test), np.random.default_rng((density, number)), density)[0]
+        tiles.append(planes_of(test, template, side))
+    return tiles
 
 
 def tables(
