@@ -1,9 +1,10 @@
 """What a better detector as teacher is worth to one that a search has found.
 
-    python benchmarks/pcb_distil.py --weights DIR --out DIR [--data DIR] [--epochs 16] [--teacher DIR] [--preset full]
+    python benchmarks/pcb_distil.py --weights DIR --out DIR [--data DIR] [--epochs 16] [--teacher DIR] [--scratch]
 
 Setup: the detector in --weights (what `fitkit search` left in `winner`) is trained on for --epochs twice with the same
-batches: by the annotations alone, and towards a teacher as well, the shipped detector or that of --teacher. Each keeps
+batches, with --scratch from random weights (the same for both): by the annotations alone, and towards a teacher as
+well, the shipped detector or that of --teacher. Each keeps
 its best epoch by mAP50-95 on validation boards; both are scored in torch on the report split, which neither looked at.
 Leaves `alone` and `taught`, which `fitkit run --weights` takes, and `distil.json` in --out, with the gain and its 95 %
 interval over boards drawn again; a training that is done is kept, one that was killed goes on.
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from core.evaluation.detection import mean_average_precision
 from core.evaluation.measure import device
@@ -42,6 +44,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=16)
     options.add_argument("--lr", type=float, default=6e-4)
     options.add_argument("--teacher", type=Path)
+    options.add_argument("--scratch", action="store_true")
     options.add_argument("--preset", choices=("smoke", "full"), default="full")
     given = options.parse_args()
     train, validation = (prepare(KIT.dataset(given.data, split, given.preset)) for split in ("train", "val"))
@@ -50,9 +53,11 @@ def main() -> None:
     schedule = replace(training.SCHEDULES[given.preset], epochs=given.epochs, lr=given.lr, evaluate_every=2, seed=1)
     trained: dict[str, PairDetector] = {}
     for way in ("taught", "alone"):
+        torch.manual_seed(0)
         place, detector = given.out / way, PairDetector(design)
         if not (place / WEIGHTS).exists():
-            load_weights(detector, given.weights / WEIGHTS)
+            if not given.scratch:
+                load_weights(detector, given.weights / WEIGHTS)
             place.mkdir(parents=True, exist_ok=True)
             save_design(design, place / FILE)
             folder, larger = place / "training", [teacher] if way == "taught" else []
@@ -83,7 +88,7 @@ def main() -> None:
         "map5095": {way: round(score(way, names), 3) for way in trained},
         "gain": round(score("taught", names) - score("alone", names), 3),
         "interval": [round(float(v), 3) for v in np.percentile(gains, (2.5, 97.5))],
-        "boards": len(names), "epochs": given.epochs, "device": device(), "date": today(),
+        "boards": len(names), "epochs": given.epochs, "scratch": given.scratch, "device": device(), "date": today(),
     }  # fmt: skip
     write_text(given.out / "distil.json", json.dumps(done, indent=1) + "\n")
     print(json.dumps(done, indent=1))
