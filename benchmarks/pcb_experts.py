@@ -22,7 +22,7 @@ from torch import nn
 
 from core.compress import compress
 from core.evaluation.measure import device, runtime_title
-from core.export import Artifact, export
+from core.export import Artifact, export, reshaped
 from core.figures import today
 from core.files import write_text
 from core.kit import Graph
@@ -31,7 +31,7 @@ from kits.pcb_inspection import KIT, training
 from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.conditional import CROP, Conditional, conditional, crops_of, crossover
 from kits.pcb_inspection.data.augment import prepare
-from kits.pcb_inspection.experts import DESIGN, ExpertKit, Experts, freeze_sign, train_expert
+from kits.pcb_inspection.experts import DESIGN, BothWays, ExpertKit, Experts, freeze_sign, train_expert
 from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
 from kits.pcb_inspection.gates import DENSITIES, NEVER, crowded, times
 from kits.pcb_inspection.inspection import detect
@@ -95,12 +95,14 @@ def main() -> None:
         "experts": Conditional(crops.dense, experts, crops.area, crossover(crops.dense, experts, side)),
         "crops however many": Conditional(crops.dense, crops.crops, crops.area, NEVER),
         "experts however many": Conditional(crops.dense, experts, crops.area, NEVER),
+        "the expert alone, whole tiles both ways": BothWays(
+            reshaped(lost, [(2, 4, side, side)], VARIANT, given.threads)
+        ),
     }
     rows = {name: scored(module, validation, report) for name, module in ways.items()}
     done = {
         "ways": rows, "sign": sign, "crossover": {n: ways[n].crossover for n in ("crops", "experts")},
-        "density": density({n: ways[n] for n in ("always dense", "crops", "experts", "crops however many",
-                                                 "experts however many")}, report, side, given.threads),
+        "density": density(ways, report, side, given.threads),
         "boards": {"val": len(validation), "report": len(report)},
         "parameters": sum(p.numel() for p in PairDetector(DESIGN).parameters()),
         "runtime": runtime_title(whole, VARIANT, given.threads), "device": device(), "date": today(),
