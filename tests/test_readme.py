@@ -40,7 +40,7 @@ def test_options_in_the_readme_exist(readme: str) -> None:
         name: {c: sub.format_help() for c, sub in parser(load(name))._subparsers._group_actions[0].choices.items()}  # type: ignore[union-attr, index]
         for name in KITS
     }
-    lines = re.findall(r"fitkit (list|run|train|evaluate|bench|predict)([^\n`]*)", text)
+    lines = re.findall(r"fitkit (list|run|train|search|evaluate|bench|predict)([^\n`]*)", text)
     assert len(lines) > 4
     for command, rest in lines:
         kit = next((name for name in KITS if name in rest), KITS[0])
