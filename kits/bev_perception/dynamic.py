@@ -48,8 +48,6 @@ class Policy:
 
 STANDING = ("barrier", "traffic_cone")
 """Classes that come from nowhere only where something else has moved."""
-SILENT = -20.0
-"""The logit of an answer that is not taken."""
 KEPT = 1000
 """Frames whose cues are kept: a car drives for days."""
 
@@ -124,26 +122,10 @@ class Dynamic(nn.Module):
         again = alarm >= policy.alarm and self._saved >= 1
         if again:
             self._saved -= 1
-            found = self._surer(found, self.large(*inputs))
+            found = self.large(*inputs)
             self._way(found, can_bus, keep_only=True)
         self.watch.note(alarm, cues, again)
         return found
-
-    def _surer(
-        self, small: tuple[Tensor, Tensor, Tensor], large: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the large one says, and what the small one saw on the way where the large one is not as sure of a thing.
-
-        The answers (1, 2 O, K) and codes (1, 2 O, 10) are those of the large one's queries, then of the small one's, of
-        which all others are silenced; the memory is the large one's.
-        """
-        ours, theirs = (scores[0].sigmoid().amax(-1) for scores in (small[0], large[0]))
-        here = small[1][0, :, :2]
-        near = torch.cdist(here, large[1][0, :, :2]) < self.policy.near
-        met = (near & (theirs[None] >= ours[:, None])).any(1)
-        way = (here[:, 1] > 0) & (here[:, 1] < self.policy.ahead) & (here[:, 0].abs() < self.policy.aside)
-        kept = torch.where((way & ~met)[None, :, None], small[0], torch.full_like(small[0], SILENT))
-        return torch.cat((large[0], kept), 1), torch.cat((large[1], small[1]), 1), large[2]
 
     def _change(self, images: Tensor, camera_mask: Tensor) -> float:
         """How much more one block of the front picture has changed than the others, 0 (none) to 1."""

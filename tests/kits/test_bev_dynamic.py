@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kits.bev_perception.dynamic import KEPT, Dynamic, Policy, Watch, freeze_alarm
-from kits.bev_perception.model.boxes import detections, encode
+from kits.bev_perception.model.boxes import encode
 from tests.kits.bev_models import MICRO
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -59,24 +59,6 @@ def test_something_new_on_the_way_is_looked_at_again() -> None:
     assert float(scores.sigmoid().max()) == pytest.approx(0.9, abs=1e-4), "the answer is the large one's"
     path(*frame(driven=0.5))
     assert not path.watch.again[-1], "what was there before, and has come nearer as the car drove on, is no news"
-
-
-@pytest.mark.parametrize(
-    ("small", "large", "seen"),
-    [
-        (Says(0.6), Says(0.9), [0.9]),
-        (Says(0.6), Says(0.3), [0.6, 0.3]),  # the large one has all but missed it
-        (Says(0.6), Says(0.9, (0.0, 17.0)), [0.9]),  # the same thing, told by both
-        (Says(0.6), Says(0.9, (0.0, 19.0)), [0.9, 0.6]),
-        (Says(0.6, (4.5, 15.0)), Says(0.3), [0.3]),  # beside the way the large one alone is asked
-    ],
-)
-def test_what_either_saw_on_the_way_is_kept(small: Says, large: Says, seen: list[float]) -> None:
-    path = Dynamic(small, large, MICRO, Policy(alarm=-1.0))
-    scores, codes, memory = path(*frame(first=True))
-    assert scores.shape[1] == codes.shape[1] == 2 * MICRO.num_query and memory.shape == (1, 120, 32)
-    said = detections(scores[0], codes[0], MICRO).scores
-    assert said[said > 0.05].tolist() == pytest.approx(seen, abs=1e-4)
 
 
 def test_something_beside_the_way_is_none_of_its_business() -> None:
