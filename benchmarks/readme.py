@@ -105,8 +105,9 @@ def rendered() -> dict[Path, str]:
             report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
             text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
         reports = ROOT / "benchmarks" / "reports" / path.parent.name
-        if (tools := reports / "tools.md").is_file():
-            text = replace_block(text, f"{path.parent.name}-tools", tools.read_text(encoding="utf-8"))
+        for name in ("tools", "experts"):
+            if (told := reports / f"{name}.md").is_file():
+                text = replace_block(text, f"{path.parent.name}-{name}", told.read_text(encoding="utf-8"))
         if kept := sorted(reports.glob("recipe-*.json")):
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         if (tiny := reports / "tiny.json").is_file():

@@ -243,31 +243,33 @@ def crops_of(artifact: Artifact, variant: str | None, threads: int | None) -> Cr
     return Crops(on(threads), lambda: on(1))
 
 
-def crossover(dense: nn.Module, crops: Looking, side: int, repeats: int = 15) -> int:
-    """The number of crops from which the whole tile is no slower, measured here; medians of `repeats`."""
+def crossover(dense: nn.Module, crops: Looking, side: int, repeats: int = 7) -> int:
+    """The number of crops from which the whole tile is no slower, measured here: medians of `repeats` in turns.
+
+    With what cutting crops out and putting their answers together costs; finding out where they lie is spent by then.
+    """
     tile = torch.rand(1, 4, side, side).round()
-    whole = _median(lambda: dense(tile), repeats)
-    most = (side // (CROP - 2 * RIM)) ** 2
-    times = {}
-    for size in BATCHES:
-        batch = torch.rand(size, 4, CROP, CROP).round()
-        batch[:, 2] = 0.0  # copper is lost, and none gained, as in most crops
-        times[size] = _median(lambda shown=batch: crops(shown), repeats)  # type: ignore[misc]
-    for count in range(1, most + 1):
-        spent = sum(times[size] for _, size in _batched(torch.empty(count)))
-        if spent >= whole:
+    tile[:, 2] = 0.0  # copper is lost, and none gained, as in most crops
+    starts = range(0, side - CROP + 1, CROP - 2 * RIM)
+    places = [(row, column) for row in starts for column in starts]
+    for count in range(1, len(places) + 1):
+        cut = Conditional(dense, crops, 1, len(places) + 1, lambda _gained, _lost, n=count: places[:n])  # type: ignore[misc]
+        whole, parts = _medians((dense, cut), tile, repeats)
+        if parts >= whole:
             return count
-    return most + 1
+    return len(places) + 1
 
 
-def _median(call: Callable[[], Any], repeats: int) -> float:
-    call()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
-    return float(np.median(taken))
+def _medians(modules: Sequence[nn.Module], tile: Tensor, repeats: int) -> list[float]:
+    """Seconds that each takes for a tile, after a first call that does not count."""
+    taken: list[list[float]] = [[] for _ in modules]
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            for times, module in zip(taken, modules):
+                began = time.perf_counter()
+                module(tile)
+                times.append(time.perf_counter() - began)
+    return [float(np.median(times[1:])) for times in taken]
 
 
 def conditional(artifact: Artifact, variant: str | None, threads: int | None) -> Conditional:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,25 +155,35 @@ def test_a_clean_tile_costs_no_network_and_a_crowded_one_a_single_whole_look() -
 
 
 class Counted(nn.Module):
-    """Costs as much as its last inputs had pixels."""
+    """Costs as much as its inputs have pixels."""
 
     cost = 0.0
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.cost = float(x.shape[0] * x.shape[2] * x.shape[3])
-        return x[:, :1], x[:, :1]
+        self.cost += float(x.shape[0] * x.shape[2] * x.shape[3])
+        cells = x[:, :1, ::8, ::8]
+        return cells.expand(-1, 6, -1, -1), cells.expand(-1, 4, -1, -1)
 
 
 def test_the_crossover_is_where_crops_cost_as_much_as_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Counted()
+    module, more = Counted(), 0.0
 
-    def cost(call: Any, repeats: int) -> float:
-        call()
-        return module.cost
+    def costs(modules: Sequence[nn.Module], tile: torch.Tensor, repeats: int) -> list[float]:
+        found = []
+        for shown in modules:
+            module.cost = 0.0
+            shown(tile)
+            found.append(module.cost + (more if isinstance(shown, Conditional) else 0.0))
+        return found
 
-    monkeypatch.setattr("kits.pcb_inspection.conditional._median", cost)
+    monkeypatch.setattr("kits.pcb_inspection.conditional._medians", costs)
+    crops = Crops(dict.fromkeys(BATCHES, module))
     # 25 crops have the pixels of a tile, and the last of them fills a batch alone
-    assert crossover(module, Crops(dict.fromkeys(BATCHES, module)), SIDE, repeats=3) == 25
+    assert crossover(module, crops, SIDE) == 25
+    more = 2.0 * CROP * CROP  # what lies about the network counts
+    assert crossover(module, crops, SIDE) == 21, "from 21 on they fill three batches of 8"
+    more = -1.0 * SIDE * SIDE
+    assert crossover(module, crops, SIDE) == 50, "never"
 
 
 @pytest.mark.parametrize("variant", ["fp32-onnxruntime", "fp32-openvino", "int8-onnxruntime", "int8-openvino"])
