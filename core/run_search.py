@@ -85,7 +85,8 @@ class SearchRun:
         kept = task.keep(winner.candidate, self.out)
         report = self._report(task, found, control, by_hand, winner, kept)
         if final:
-            report = replace(report, tables=(*report.tables, _finals(task, best, final, winner)))
+            titles = [_title(trial, found, control) for trial in best]
+            report = replace(report, tables=(*report.tables, _finals(task, titles, best, final, winner)))
         data = {
             "searched": as_json(found), "control": as_json(control), "hand": _trial(by_hand), "winner": winner.number,
             "winner_of": (found if winner in found.scored else control).searcher, "space": space.to_json(),
@@ -119,10 +120,10 @@ class SearchRun:
                 if value is not None:
                     figures |= Figures([Figure(f"searched_{name}", value, unit, of, stage)])  # type: ignore[arg-type]
         front = pareto(found.scored, goals)
-        named = [(t, str(t.number) if t in found.scored else f"{control.searcher} {t.number}") for t in every]
         best = pareto(every, goals)
+        shown = [(t, _title(t, found, control)) for t in every if t in best or t is winner]
         tables = (
-            self._table(task, [(trial, name) for trial, name in named if trial in best], by_hand, winner),
+            self._table(task, shown, by_hand, winner),
             _against(task, found, control, by_hand),
         )
         ahead = len(dominating(by_hand, found.scored, goals))
@@ -155,7 +156,8 @@ class SearchRun:
             mark = " (winner)" if trial is winner else ""
             rows.append([name + mark, *(_rounded((trial.metrics or {}).get(n)) for n in names), told(trial.candidate)])
         return {
-            "title": "The front", "columns": ["trial", *(_headed(n, task.units[n]) for n in names), "candidate"],
+            "title": "The front and the winner",
+            "columns": ["trial", *(_headed(n, task.units[n]) for n in names), "candidate"],
             "rows": rows, "note": "with the supernet's weights, each candidate's batch norms its own",
         }  # fmt: skip
 
@@ -203,12 +205,19 @@ def _against(task: Task, found: Found, control: Found, by_hand: Trial) -> dict[s
     }  # fmt: skip
 
 
-def _finals(task: Task, best: Sequence[Trial], final: Sequence[Trial], winner: Trial) -> dict[str, Any]:
+def _title(trial: Trial, found: Found, control: Found) -> str:
+    """A trial's number, with the control's name where it is that one's."""
+    return str(trial.number) if trial in found.scored else f"{control.searcher} {trial.number}"
+
+
+def _finals(
+    task: Task, titles: Sequence[str], best: Sequence[Trial], final: Sequence[Trial], winner: Trial
+) -> dict[str, Any]:
     """What shared weights and what a training of its own say of each finalist."""
     names = [name for name in task.units if name in (final[0].metrics or {})]
     rows = []
-    for shared, alone in zip(best, final):
-        mark = f"{shared.number}{' (winner)' if shared is winner else ''}"
+    for title, shared, alone in zip(titles, best, final):
+        mark = f"{title}{' (winner)' if shared is winner else ''}"
         before, after = shared.metrics or {}, alone.metrics or {}
         rows.append(
             [mark, _rounded(before[task.score.name]), *(_rounded(after[n]) for n in names), told(shared.candidate)]

@@ -110,7 +110,8 @@ def test_finalists_are_trained_each_and_the_best_of_them_wins(tmp_path: Path) ->
     assert len(finalists) == 3 and shared == sorted(shared, reverse=True) and len(set(shared)) == 3
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept == finalists[-1]["candidate"], "its training alone turns the order round"
-    *_, table = json.loads((tmp_path / "report.json").read_text())["tables"]
+    front, *_, table = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert sum("(winner)" in row[0] for row in front["rows"]) == 1, "on the front or not"
     assert table["title"] == "Finalists" and [("winner" in row[0]) for row in table["rows"]] == [False, False, True]
     run(tmp_path, finalists=2)
     assert len(list((tmp_path / "finalists").iterdir())) == 2, "another search's trainings are gone"
