@@ -30,6 +30,8 @@ SURFACE = {
     "train": ["--data", "--help", "--out", "--preset", "--resume", "--teacher", "kit"],
     "search": [
         "--data",
+        "--finalists",
+        "--fix",
         "--help",
         "--out",
         "--preset",
@@ -91,7 +93,8 @@ def test_defaults_are_frozen() -> None:
     assert given("run", "k") == {**nothing, "recipe": None, "target": None, "weights": None}
     assert given("train", "k") == {**nothing, "teacher": None}
     assert given("search", "k") == {
-        **nothing, "searcher": "nsga2", "trials": 64, "storage": None, "workers": "1", "seed": 0
+        **nothing, "searcher": "nsga2", "trials": 64, "storage": None, "workers": "1", "seed": 0, "fix": [],
+        "finalists": 1,
     }  # fmt: skip
     assert given("evaluate", "k", "--data", "d") == {
         "artifact": None, "data": Path("d"), "out": None, "split": None, "variant": None,

@@ -193,9 +193,9 @@ def test_a_detector_follows_larger_ones(tmp_path: Path, monkeypatch: pytest.Monk
     asked: list[int] = []
     said = training.told
 
-    def told(larger: Any, images: torch.Tensor) -> torch.Tensor:
+    def told(larger: Any, images: torch.Tensor, view: Any = None) -> torch.Tensor:
         asked.append(len(larger))
-        return said(larger, images)
+        return said(larger, images, view)
 
     monkeypatch.setattr(training, "told", told)
     schedule = training.Schedule(epochs=1, batch_size=2, lr=1e-3)
