@@ -60,6 +60,9 @@ class Run:
         return replace(self, kit=kit)._go(original, recipe, box)
 
     def _go(self, original: nn.Module, recipe: Recipe, box: Target) -> Report:
+        # first of all: a folder that cannot be read is told before minutes are spent
+        split = self.kit.report_split(self.data)
+        samples = self.kit.dataset(self.data, split, self.preset)
         _say(f"compressing with recipe {recipe.name!r}: {recipe.cost}")
         small, trace = compress(
             original,
@@ -73,8 +76,6 @@ class Run:
         precisions = _names(original, small)
         stages: dict[Stage, nn.Module] = {"original": original, "compressed": small}
         artifact = self._artifact(stages, precisions)
-        split = self.kit.report_split(self.data)
-        samples = self.kit.dataset(self.data, split, self.preset)
         scores = self._scores(artifact, samples)
         timing = self._timing(artifact, samples)
         figures = self._figures(artifact, precisions, scores, timing, len(samples), split)
