@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -101,8 +102,10 @@ class SearchRun:
         """The same candidates with the metrics that a short training of its own gives each."""
         found = []
         with progress("training finalists", len(best)) as bar:
-            for place, trial in enumerate(best):
-                folder = self.out / FINALISTS / f"{place:02}"
+            for trial in best:
+                # by the candidate: with more trials another one may take its place, and must not go on with its weights
+                named = json.dumps(dict(trial.candidate), sort_keys=True).encode()
+                folder = self.out / FINALISTS / hashlib.sha256(named).hexdigest()[:12]
                 found.append(replace(trial, metrics=dict(task.trained(trial.candidate, folder))))
                 bar.advance(f"{task.score.name} {(found[-1].metrics or {})[task.score.name]:.4g}")
         return found
