@@ -2,13 +2,13 @@
 
     python benchmarks/pcb_table.py --out DIR [--data DIR] [--yolo DIR] [--seconds 60] [--side 16384]
 
-Setup: --yolo holds what `benchmarks/pcb_yolo.py --architecture NAME --out DIR/NAME` left; a YOLO that is not there has
-random weights, its row says so and has no accuracy. All run in OpenVINO on two threads, in turns; decoding files is
-timed nowhere; ours registers the template as well. INT8 of the YOLOs is Ultralytics' own, after training, on boards of
-the training split. Thresholds and the shift of boxes are frozen on validation boards, scores are of the report split.
-The scan is boards side by side, --side pixels square, once a row; a YOLO's tiles are run one after the other, as large
-and as many as ours, and its seams are not joined. Peak memory is that of a process that inspects one board. Leaves
-`table.json` and `table.md` in --out.
+Setup: --yolo holds what `benchmarks/pcb_yolo.py --architecture NAME --out DIR/NAME` left (`weights.safetensors`, and
+`metrics.json` with its epochs); a YOLO that is not there has random weights, its row says so and has no accuracy. All
+run in OpenVINO on two threads, in turns; decoding files is timed nowhere; ours registers the template as well. INT8 of
+the YOLOs is Ultralytics' own, after training, on boards of the training split. Thresholds and the shift of boxes are
+frozen on validation boards, scores are of the report split. The scan is boards side by side, --side pixels square, once
+a row; a YOLO's tiles are run one after the other, as large and as many as ours, and its seams are not joined. Peak
+memory is that of a process that inspects one board. Leaves `table.json` and `table.md` in --out.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Yolo:
 
     def row(self) -> Row:
         """Sizes; no time yet."""
-        untold = "" if self.weights else " (random weights: architecture only)"
+        untold = " (random weights: architecture only)"
+        if self.weights:
+            untold = f" ({json.loads(self.weights.with_name('metrics.json').read_text())['epochs']} epochs)"
         size = self.file().with_suffix(".bin").stat().st_size / 1e6
         return Row(
             f"{self.architecture} {self.precision}{untold}", size, yolo_macs(self.architecture), bool(self.weights)
@@ -177,7 +179,7 @@ def main() -> None:
         models, meta = KIT.shipped()
         export(models, KIT.exports(), KIT.default_target, folder, kit=KIT.name, meta=meta)
     artifact = Artifact.open(folder)
-    best = {name: given.yolo / name / "runs" / "train" / "weights" / "best.pt" for name in ARCHITECTURES if given.yolo}
+    best = {name: given.yolo / name / "weights.safetensors" for name in ARCHITECTURES if given.yolo}
     detectors: list[Detector] = [
         Yolo(name, precision, best[name] if name in best and best[name].is_file() else None, calibration)
         for name in ARCHITECTURES for precision in PRECISIONS

@@ -2,9 +2,10 @@
 
     python benchmarks/pcb_yolo.py --data DeepPCB --architecture yolov8n --epochs 100 --out runs/yolov8n [--resume]
 
-Setup: random initial weights (no download), 640 x 640, Ultralytics' own trainer and defaults, exported by its own
-exporter to OpenVINO FP32; detections suppressed class-blind, as ours are, and the threshold frozen on the same
-validation boards. Leaves `metrics.json` and `predictions/` in --out. A hundred epochs take a day on two cores.
+Setup: random initial weights (no download), 640 x 640, Ultralytics' own trainer and defaults but for batches of 8 with
+a step of the optimizer after each, exported by its own exporter to OpenVINO FP32; detections suppressed class-blind, as
+ours are, and the threshold frozen on the same validation boards. Leaves `metrics.json`, `predictions/` and
+`weights.safetensors` in --out. An epoch of yolov8n takes three minutes on one core that multiplies bfloat16.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import json
 from pathlib import Path
 
+from core.figures import today
+from core.files import write_text
 from kits.pcb_inspection.acceptance import score
-from kits.pcb_inspection.baseline import ARCHITECTURES, detect_yolo, exported, train_yolo
+from kits.pcb_inspection.baseline import ARCHITECTURES, detect_yolo, exported, keep_yolo, train_yolo
 from kits.pcb_inspection.data.deeppcb import split
 from kits.pcb_inspection.frozen import freeze_threshold
 from kits.pcb_inspection.predictions import write_predictions
@@ -38,7 +41,9 @@ def main() -> None:
     threshold = freeze_threshold(found["val"], truths["val"])
     metrics = score(found["holdout"], truths["holdout"], threshold, {p.image_id: p.group for p in sets["holdout"]})
     write_predictions(given.out / "predictions", found["holdout"])
-    (given.out / "metrics.json").write_text(json.dumps(metrics.to_json(), indent=1) + "\n", encoding="utf-8")
+    keep_yolo(given.architecture, weights, given.out / "weights.safetensors")
+    about = {"architecture": given.architecture, "epochs": given.epochs, "trained": today()}
+    write_text(given.out / "metrics.json", json.dumps({**about, **metrics.to_json()}, indent=1) + "\n")
     for name, (value, unit) in metrics.figures().items():
         print(f"{name:20} {value:.2f} {unit}")
 

@@ -36,6 +36,7 @@ from core.hardware.verdict import estimate
 from core.kit import Graph, InputError, Recipe
 from core.pruning import Prune
 from core.pruning.cost import count_macs
+from kits.pcb_inspection.baseline import fast
 
 THREADS = 2
 
@@ -85,11 +86,12 @@ def trainer_of(network: nn.Module | None, folder: Path, given: argparse.Namespac
     trainer = Trainer(overrides=told | {
         "data": str(given.data), "imgsz": given.imgsz, "batch": given.batch, "epochs": given.epochs, "device": "cpu",
         "workers": 0, "project": str(folder.parent.resolve()), "name": folder.name, "exist_ok": True, "plots": False,
-        "lr0": given.lr, "optimizer": "AdamW", "warmup_epochs": 1.0, "verbose": False,
+        "lr0": given.lr, "optimizer": "AdamW", "warmup_epochs": 1.0, "verbose": False, "nbs": given.batch, "amp": False,
     })  # fmt: skip
     if network is not None and resume is None:
         trainer.model = network
     trainer.stride = 32
+    trainer.add_callback("on_train_start", fast)
     return trainer
 
 

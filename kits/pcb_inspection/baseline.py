@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from core.cache import cache_folder
 from core.kit import InputError
+from core.train import bfloat16
+from core.weights import load_weights, save_weights
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 from kits.pcb_inspection.model.decode import FLOOR, MOST
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
@@ -30,6 +32,8 @@ from kits.pcb_inspection.model.inspector import TILE
 from kits.pcb_inspection.model.pair import Grey
 
 STRIDES = (8, 16, 32)
+BATCH = 8
+"""Of a YOLO's training."""
 ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
 UNTRAINED = "yolov8n-fp32-openvino (random weights: architecture only)"
 
@@ -57,8 +61,8 @@ def speed_baselines(samples: Sequence[Pair], threads: int) -> dict[str, Callable
 def exported(architecture: str, weights: Path | None = None, calibration: Sequence[Pair] = ()) -> Path:
     """The OpenVINO file of a YOLO for this task at 640 x 640, made once through Ultralytics' own export.
 
-    `weights` are those of `train_yolo`; None gives the architecture with random weights. With `calibration` it is INT8,
-    as Ultralytics quantizes after training: on those boards, its head in floating point.
+    `weights` are those of `train_yolo` or `keep_yolo`; None gives the architecture with random weights. With
+    `calibration` it is INT8, as Ultralytics quantizes after training: on those boards, its head in floating point.
     """
     _check(architecture)
     precision = f"-int8-{len(calibration)}" if calibration else ""
@@ -68,9 +72,9 @@ def exported(architecture: str, weights: Path | None = None, calibration: Sequen
         with tempfile.TemporaryDirectory(dir=place.parent) as work:
             # Ultralytics writes its export beside the weights, so they are put where nothing else is
             source = Path(work) / f"{architecture}.pt"
-            if weights is not None:
-                shutil.copyfile(weights, source)
-            model = _yolo(architecture, source if weights is not None else None)
+            if weights is not None and weights.suffix == ".pt":
+                weights = Path(shutil.copyfile(weights, source))
+            model = _yolo(architecture, weights)
             model.ckpt_path = str(source)
             model.model.pt_path = str(source)
             asked: dict[str, Any] = {"format": "openvino", "imgsz": TILE, "dynamic": False, "verbose": False}
@@ -91,9 +95,10 @@ def yolo_macs(architecture: str) -> float:
     return float(get_flops(network, TILE)) * 1e9 / 2
 
 
-def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path) -> Path:
+def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path, test: Sequence[Pair] = ()) -> Path:
     """The pairs' tested images in YOLO's own layout (images/, labels/, data.yaml); returns the yaml file."""
-    for name, pairs in (("train", train), ("val", val)):
+    splits = {"train": train, "val": val} | ({"test": test} if test else {})
+    for name, pairs in splits.items():
         images, labels = out / "images" / name, out / "labels" / name
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(parents=True, exist_ok=True)
@@ -106,24 +111,51 @@ def write_yolo_dataset(train: Sequence[Pair], val: Sequence[Pair], out: Path) ->
             (labels / f"{pair.image_id}.txt").write_text("".join(lines))
     names = "\n".join(f"  {i}: {name}" for i, name in enumerate(CLASSES))
     table = out / "data.yaml"
-    table.write_text(f"path: {out.resolve()}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
+    folders = "\n".join(f"{name}: images/{name}" for name in splits)
+    table.write_text(f"path: {out.resolve()}\n{folders}\nnames:\n{names}\n")
     return table
 
 
 def train_yolo(
     architecture: str, train: Sequence[Pair], val: Sequence[Pair], out: Path, epochs: int, resume: bool = False
 ) -> Path:
-    """Train a YOLO from random weights on the same boards, by Ultralytics' own trainer; returns its best weights."""
-    last = out / "runs" / "train" / "weights" / "last.pt"
-    if resume and last.is_file():
-        _yolo(architecture, last).train(resume=True)
+    """Train a YOLO from random weights on the same boards, by Ultralytics' own trainer; returns its best weights.
+
+    Its optimizer steps after every batch: it would else collect 64 images a step, which is for longer schedules.
+    """
+    last, done = out / "runs" / "train" / "weights" / "last.pt", out / "done"
+    if resume and done.is_file():
+        return last.with_name("best.pt")
+    begun = resume and last.is_file()
+    model = _yolo(architecture, last if begun else None)
+    model.add_callback("on_train_start", fast)
+    if begun:
+        model.train(resume=True)
     else:
         table = write_yolo_dataset(train, val, out / "dataset")
-        _yolo(architecture, None).train(
-            data=str(table), epochs=epochs, imgsz=TILE, batch=16, project=str(out / "runs"), name="train",
-            exist_ok=True, pretrained=False, device="cpu", workers=1, plots=False,
+        model.train(
+            data=str(table), epochs=epochs, imgsz=TILE, batch=BATCH, nbs=BATCH, project=str((out / "runs").resolve()),
+            name="train", exist_ok=True, pretrained=False, device="cpu", workers=1, plots=False, amp=False,
         )  # fmt: skip
+    done.touch()
     return last.with_name("best.pt")
+
+
+def keep_yolo(architecture: str, weights: Path, file: Path) -> None:
+    """Write the weights of `train_yolo` as safetensors in FP16, since Ultralytics' own files are pickles."""
+    save_weights(_yolo(architecture, weights).model.half(), file)
+
+
+def fast(trainer: Any) -> None:
+    """A callback of Ultralytics' trainer: channels last and `core.train.bfloat16`, which its `amp` refuses on a CPU."""
+    network = trainer.model.to(memory_format=torch.channels_last)
+    plain = network.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        with bfloat16(trainer.device):
+            return plain(*inputs, **named)
+
+    network.forward = forward
 
 
 def detect_yolo(file: Path, pairs: Sequence[Pair], threads: int) -> dict[str, np.ndarray]:
@@ -192,10 +224,12 @@ def _yolo(architecture: str, weights: Path | None) -> Any:
     from ultralytics import YOLO
     from ultralytics.nn.tasks import DetectionModel
 
-    if weights is not None:
+    if weights is not None and weights.suffix != ".safetensors":
         return YOLO(str(weights), task="detect", verbose=False)
     model = YOLO(f"{architecture}.yaml", task="detect", verbose=False)
     network = DetectionModel(f"{architecture}.yaml", nc=len(CLASSES), verbose=False)
+    if weights is not None:
+        load_weights(network, weights)
     network.args, network.task = model.model.args, "detect"
     model.model = network
     return model

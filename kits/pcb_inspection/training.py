@@ -65,22 +65,25 @@ def train_detector(
     start: PairDetector | None = None,
     larger: Sequence[PairDetector] = (),
     view: View | None = None,
+    fresh: int = 0,
 ) -> Fit:
     """Train a detector from random weights or from `start`; the epoch is chosen by mAP50-95 on `validation`.
 
     It follows a `teacher` of single images, or an ensemble of `larger` detectors of pairs, beside the annotations. With
-    a `view` it learns what that shows.
+    a `view` it learns what that shows. With `fresh` that many boards of the generator are drawn anew for every epoch,
+    so that names are learnt on layouts without end; otherwise DRAWN of them train along, the same in all epochs.
     """
     torch.manual_seed(schedule.seed)
     # channels last: 0.20 against 0.23 s a step of 8 crops on two cores
     model = (start or PairDetector()).to(memory_format=torch.channels_last)
     size = model.design.size
     validation = [seen_at(pair, size) for pair in validation]
-    ready = [*train, *drawn(max(4, round(DRAWN * min(1.0, len(train) / 800))), schedule.seed)]
-
-    steps = max(1, len(ready) * EACH // schedule.batch_size)
+    count = fresh or max(4, round(DRAWN * min(1.0, len(train) / 800)))
+    same = [] if fresh else drawn(count, schedule.seed)
+    steps = max(1, (len(train) + count) * EACH // schedule.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
+        ready = [*train, *(drawn(count, schedule.seed, epoch) if fresh else same)]
         cut = training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
         for batch in cut if view is None else view.shown(cut, np.random.default_rng((schedule.seed, epoch))):
             taught_too = {**batch, "taught": told(larger, batch["images"], view)} if larger else batch

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.kit import InputError
+from core.weights import save_weights
 from kits.pcb_inspection import KIT, baseline
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 
@@ -45,6 +46,9 @@ def test_pairs_become_yolos_own_layout(tmp_path: Path) -> None:
     lines = table.read_text().splitlines()
     assert lines[:4] == [f"path: {(tmp_path / 'out').resolve()}", "train: images/train", "val: images/val", "names:"]
     assert lines[4:] == [f"  {i}: {name}" for i, name in enumerate(CLASSES)]
+    three = baseline.write_yolo_dataset(train, val, tmp_path / "three", val).read_text().splitlines()
+    assert three[1:4] == ["train: images/train", "val: images/val", "test: images/test"]
+    assert (tmp_path / "three/images/test/c.png").is_file()
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
@@ -109,6 +113,25 @@ def test_an_end_to_end_output_is_taken_as_it_is() -> None:
     rows = torch.zeros(1, 300, 6)
     rows[0, 0] = torch.tensor([40.0, 35, 60, 45, 0.9, 2])
     np.testing.assert_allclose(baseline._detect(Output(rows), IMAGE), rows[0, :1])
+
+
+def test_weights_of_a_yolo_are_kept_without_a_pickle(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics")
+    first, other = (baseline._yolo("yolov8n", None).model for _ in range(2))
+    name = "model.0.conv.weight"
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    save_weights(first.half(), tmp_path / "weights.safetensors")
+    again = baseline._yolo("yolov8n", tmp_path / "weights.safetensors").model
+    kept = again.state_dict()
+    assert kept[name].dtype == torch.float32 and torch.equal(kept[name], first.state_dict()[name].float())
+    with pytest.raises(InputError, match=r"weights.safetensors: not weights of this DetectionModel"):
+        baseline._yolo("yolo11n", tmp_path / "weights.safetensors")
+
+
+def test_a_trained_yolo_is_not_trained_again(tmp_path: Path) -> None:
+    (tmp_path / "done").touch()
+    best = baseline.train_yolo("yolov8n", [], [], tmp_path, 1, resume=True)
+    assert best == tmp_path / "runs" / "train" / "weights" / "best.pt"
 
 
 @pytest.mark.slow

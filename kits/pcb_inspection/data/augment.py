@@ -57,9 +57,9 @@ def _registered(test: Path, template: Path) -> tuple[Grey, Grey]:
     return board, register(board, golden)[0]
 
 
-def drawn(count: int, seed: int) -> list[Ready]:
+def drawn(count: int, seed: int, *more: int) -> list[Ready]:
     """Clean boards of the generator, no two of one style, so that training sees more layouts than a data set has."""
-    rng = np.random.default_rng((seed, count))
+    rng = np.random.default_rng((seed, count, *more))
     families, nothing = list(FAMILIES), (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     boards = []
     with progress("drawing boards", count) as bar:
