@@ -126,7 +126,7 @@ def train_detector(
     learner = learner_of(detector, samples)
     if heads is not None:
         load_weights(learner.heads(), heads)
-    model = Streaming(learner, Memory(config, lanes))
+    model = Streaming(learner, Memory(detector.config, lanes))
     batches, steps = shown(samples, lanes, share, schedule.seed)
 
     def loss(net: nn.Module, shots: Sequence[Shot]) -> Tensor:

@@ -291,6 +291,13 @@ def test_training_goes_on_where_it_stopped(samples: list[Keyframe], tmp_path: Pa
         assert torch.equal(value, resumed.model.state_dict()[key]), key
 
 
+def test_training_goes_on_from_a_detector_of_another_grid(samples: list[Keyframe], tmp_path: Path) -> None:
+    schedule = Schedule(epochs=1, batch_size=2, lr=1e-4, warmup=0.1, clip=10.0)
+    wide = BEVFormer(replace(PROPOSING, bev_h=14, rotate_center=(6.0, 7.0)))
+    trained = train_detector(samples, schedule, tmp_path / "wide", False, start=wide)
+    assert np.isfinite(trained.history[-1]["loss"])
+
+
 def test_training_goes_on_with_the_heads_of_another(samples: list[Keyframe], tmp_path: Path) -> None:
     schedule = Schedule(epochs=1, batch_size=2, lr=1e-4, warmup=0.1, ema=0.5, clip=10.0)
     first = train_detector(samples, schedule, tmp_path / "first", False, config=PROPOSING)
