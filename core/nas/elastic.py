@@ -19,10 +19,11 @@ from core.kit import InputError
 
 
 class ElasticConv2d(nn.Module):
-    """A convolution of which `out_channels` and `kernel_size` can be set; with `depthwise` each channel has its own.
+    """A convolution of which `out_channels`, `kernel_size` and `groups` can be set, or with a kernel for every channel.
 
     `kernels` are odd sizes (or one of any size), the largest of which holds the weights; a smaller one is its middle,
-    turned by a square matrix that begins as one and is learnt. Padding keeps the size at stride 1 unless it is given.
+    turned by a square matrix that begins as one and is learnt. In groups it uses the blocks of the weights on the
+    diagonal; with `depthwise` every channel is a group. Padding keeps the size at stride 1 unless it is given.
     """
 
     def __init__(
@@ -39,10 +40,15 @@ class ElasticConv2d(nn.Module):
         whole = nn.Conv2d(in_channels, out_channels, self.kernels[0], groups=in_channels if depthwise else 1, bias=bias)
         self.weight, self.bias = whole.weight, whole.bias
         self.turns = nn.ParameterList(nn.Parameter(torch.eye(k * k)) for k in self.kernels[1:])
-        self.out_channels, self.kernel_size = out_channels, self.kernels[0]
+        self.out_channels, self.kernel_size, self.groups = out_channels, self.kernels[0], 1
 
-    def set(self, *, out_channels: int | None = None, kernel_size: int | None = None) -> None:
-        """What the next forward uses; InputError for more channels than there are, or a kernel that is not known."""
+    def set(
+        self, *, out_channels: int | None = None, kernel_size: int | None = None, groups: int | None = None
+    ) -> None:
+        """What the next forward uses; InputError for more channels than there are, or a kernel that is not known.
+
+        Channels that the groups do not divide are told by that forward.
+        """
         if out_channels is not None:
             if not 1 <= out_channels <= len(self.weight):
                 raise InputError(f"ElasticConv2d: {out_channels} channels of {len(self.weight)}")
@@ -51,6 +57,10 @@ class ElasticConv2d(nn.Module):
             if kernel_size not in self.kernels:
                 raise InputError(f"ElasticConv2d: kernel {kernel_size}, known are {self.kernels}")
             self.kernel_size = kernel_size
+        if groups is not None:
+            if groups < 1 or self.depthwise:
+                raise InputError(f"ElasticConv2d: {groups} groups of a {'depthwise ' * self.depthwise}convolution")
+            self.groups = groups
 
     @property
     def padding(self) -> int:
@@ -61,6 +71,11 @@ class ElasticConv2d(nn.Module):
         """Weight and bias for inputs of `in_channels`."""
         out = in_channels if self.depthwise else self.out_channels
         weight = self.weight[:out, : 1 if self.depthwise else in_channels]
+        if self.groups > 1:
+            if out % self.groups or in_channels % self.groups:
+                raise InputError(f"ElasticConv2d: {in_channels} to {out} channels in {self.groups} groups")
+            rows = (block.chunk(self.groups, 1)[n] for n, block in enumerate(weight.chunk(self.groups)))
+            weight = torch.cat(list(rows))
         for size, turn in zip(self.kernels[1:], self.turns):
             if size < self.kernel_size:
                 break
@@ -72,14 +87,15 @@ class ElasticConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, H / stride, W / stride)."""
         weight, bias = self.active(x.shape[1])
-        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=x.shape[1] if self.depthwise else 1)
+        groups = x.shape[1] if self.depthwise else self.groups
+        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=groups)
 
     def cut(self, in_channels: int) -> nn.Conv2d:
         """The plain layer for inputs of `in_channels`."""
         weight, bias = self.active(in_channels)
         plain = nn.Conv2d(
             in_channels, len(weight), self.kernel_size, self.stride, self.padding,
-            groups=in_channels if self.depthwise else 1, bias=bias is not None,
+            groups=in_channels if self.depthwise else self.groups, bias=bias is not None,
         )  # fmt: skip
         with torch.no_grad():
             plain.weight.copy_(weight)

@@ -52,6 +52,7 @@ CHOICES = {
     "deepest": OneOf((16, 32)),
     "head": Steps((24, 32, 48, 64)),
     "size": Steps((512, 576, 640)),
+    "fusion": OneOf((4, 2, 1)),
 }
 """The last values make the largest network, which holds all others' weights."""
 WIDTHS, STAGES = ("width4", "width8", "width16", "width32"), (8, 16, 32)
@@ -91,6 +92,7 @@ def design_of(candidate: Candidate) -> Design:
         int(c["deepest"]),
         int(c["head"]),
         int(c["size"]),
+        int(c["fusion"]),
     )
 
 
@@ -99,7 +101,8 @@ def candidate_of(design: Design) -> dict[str, Any]:
     stages = {f"{part}{s}": v for part, values in (("blocks", design.blocks), ("kernel", design.kernels))
               for s, v in zip(STAGES, values)}  # fmt: skip
     widths = dict(zip(WIDTHS, design.widths))
-    rest = {"expand": design.expand, "deepest": design.deepest, "head": design.head, "size": design.size}
+    rest = {"expand": design.expand, "deepest": design.deepest, "head": design.head, "size": design.size,
+            "fusion": design.fusion}  # fmt: skip
     found = {**widths, **stages, **rest}
     return {name: found[name] for name in CHOICES}
 
@@ -109,9 +112,11 @@ class Elastic:
 
     def conv(
         self, inputs: int, outputs: int, kernels: Sequence[int], stride: int = 1, *, padding: int | None = None,
-        bias: bool = False,
+        bias: bool = False, groups: int = 1,
     ) -> nn.Module:  # fmt: skip
-        return ElasticConv2d(inputs, outputs, tuple(sorted(set(kernels))), stride, bias=bias, padding=padding)
+        made = ElasticConv2d(inputs, outputs, tuple(sorted(set(kernels))), stride, bias=bias, padding=padding)
+        made.set(groups=groups)
+        return made
 
     def norm(self, channels: int) -> nn.Module:
         return ElasticBatchNorm2d(channels)
@@ -136,6 +141,7 @@ class Supernet(PairDetector):
         c4, c8, c16, c32 = design.widths
         for name, channels in (("stem", c4), ("down8", c8), ("down16", c16), ("down32", c32), ("fuse", design.head)):
             self.get_submodule(name).conv.set(out_channels=channels)  # type: ignore[operator, union-attr]
+        self.stem.conv.set(groups=design.fusion)  # type: ignore[operator]
         for name, channels in (("lateral32", c16), ("lateral16", c8)):
             self.get_submodule(name).set(out_channels=channels)  # type: ignore[operator]
         for stride, channels, depth, kernel in zip(STAGES, (c8, c16, c32), design.blocks, design.kernels):

@@ -133,10 +133,34 @@ def test_a_kernel_begins_as_the_middle_of_the_larger_one() -> None:
     torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, padding=3, groups=4))
 
 
+def test_channels_that_groups_do_not_divide_are_told() -> None:
+    conv = ElasticConv2d(4, 12)
+    conv.set(out_channels=9, groups=2)
+    with pytest.raises(InputError, match="4 to 9 channels in 2 groups"):
+        conv(torch.ones(1, 4, 3, 3))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_are_the_blocks_on_the_diagonal(groups: int) -> None:
+    torch.manual_seed(0)
+    conv, x = ElasticConv2d(4, 12, (3,), bias=True), torch.randn(2, 4, 6, 6)
+    conv.set(out_channels=8, groups=groups)
+    apart = torch.zeros(8, 4, 3, 3)
+    for n in range(groups):
+        rows, columns = slice(n * 8 // groups, (n + 1) * 8 // groups), slice(n * 4 // groups, (n + 1) * 4 // groups)
+        apart[rows, columns] = conv.weight[rows, columns].detach()
+    torch.testing.assert_close(conv(x), F.conv2d(x, apart, conv.bias[:8], padding=1))
+    plain = conv.cut(4)
+    assert plain.groups == groups and plain.weight.shape == (8, 4 // groups, 3, 3)
+    assert torch.equal(plain(x), conv(x))
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: ElasticConv2d(3, 8, (2, 3)), "odd sizes"),
+        (lambda: ElasticConv2d(3, 8).set(groups=0), "0 groups of a convolution"),
+        (lambda: ElasticConv2d(4, 4, depthwise=True).set(groups=2), "2 groups of a depthwise convolution"),
         (lambda: ElasticConv2d(3, 8, depthwise=True), "give the same"),
         (lambda: ElasticConv2d(3, 8).set(out_channels=9), "9 channels of 8"),
         (lambda: ElasticConv2d(3, 8).set(kernel_size=5), "kernel 5, known are"),

@@ -62,6 +62,19 @@ def test_a_candidate_is_a_design_and_back() -> None:
     SPACE.encode(hand())  # the hand design is a member of the space
 
 
+@pytest.mark.parametrize("fusion", [1, 2, 4])
+def test_planes_meet_where_the_fusion_says(fusion: int) -> None:
+    stem = PairDetector(Design(fusion=fusion)).eval().stem
+    with torch.no_grad():
+        bare = stem(torch.zeros(1, 4, 32, 32))
+        for plane in range(4):
+            planes = torch.zeros(1, 4, 32, 32)
+            planes[:, plane] = 1
+            moved = (stem(planes) != bare).any((0, 2, 3)).reshape(4, -1).any(1).tolist()
+            width = 4 // fusion
+            assert moved == [plane // width == quarter // width for quarter in range(4)]
+
+
 @pytest.mark.parametrize("deepest", [16, 32])
 def test_candidates_are_cut_to_the_bit_and_are_plain_detectors(supernet: Supernet, deepest: int) -> None:
     for candidate in (*drawn(4, deepest=deepest), {**largest(SPACE), "deepest": deepest}, smallest(SPACE), hand()):
@@ -122,6 +135,9 @@ def test_designs_are_stored_and_what_is_none_is_refused(tmp_path: Path) -> None:
         assert load_design(tmp_path / "design.json") == design_of(candidate)
     (tmp_path / "design.json").write_text('{"widths": [1, 2, 3, 4], "size": 600}')
     with pytest.raises(InputError, match="600 must be a multiple of 32"):
+        load_design(tmp_path / "design.json")
+    (tmp_path / "design.json").write_text('{"widths": [10, 2, 3, 4], "fusion": 4}')
+    with pytest.raises(InputError, match="fusion 4, expected 1, 2 or 4, a divisor of width 10"):
         load_design(tmp_path / "design.json")
     (tmp_path / "design.json").write_text('{"wings": 2}')
     with pytest.raises(InputError, match="no design of a detector"):

@@ -22,7 +22,8 @@ class Design:
 
     A block's hidden channels are `expand` times those it is given, those of the head `head`. With `deepest` 16 the
     stage at stride 32 is left out. `size` is the side in pixels of the tile that the exported network takes, which
-    shows 640 pixels of a board at 48 px/mm.
+    shows 640 pixels of a board at 48 px/mm. `fusion` says in how many groups the first layer takes the four planes:
+    1 mixes all at once; 2 has test and template apart from the differences, 4 every plane by itself, until stride 8.
     """
 
     widths: tuple[int, int, int, int] = (24, 48, 96, 128)
@@ -32,12 +33,15 @@ class Design:
     deepest: int = 32
     head: int = 48
     size: int = 640
+    fusion: int = 1
 
     def __post_init__(self) -> None:
         if self.size % COARSEST or self.deepest not in (16, 32):
             raise InputError(
                 f"design: size {self.size} must be a multiple of {COARSEST}, deepest {self.deepest} 16 or 32"
             )
+        if self.fusion not in (1, 2, 4) or self.widths[0] % self.fusion:
+            raise InputError(f"design: fusion {self.fusion}, expected 1, 2 or 4, a divisor of width {self.widths[0]}")
 
 
 BY_HAND = Design()

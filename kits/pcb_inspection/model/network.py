@@ -25,7 +25,7 @@ class Layers(Protocol):
 
     def conv(
         self, inputs: int, outputs: int, kernels: Sequence[int], stride: int = 1, *, padding: int | None = None,
-        bias: bool = False,
+        bias: bool = False, groups: int = 1,
     ) -> nn.Module:  # fmt: skip
         """A convolution with the largest of `kernels`; padding keeps the size at stride 1 unless it is given."""
 
@@ -41,10 +41,11 @@ class Plain:
 
     def conv(
         self, inputs: int, outputs: int, kernels: Sequence[int], stride: int = 1, *, padding: int | None = None,
-        bias: bool = False,
+        bias: bool = False, groups: int = 1,
     ) -> nn.Module:  # fmt: skip
         kernel = max(kernels)
-        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if padding is None else padding, bias=bias)
+        padded = kernel // 2 if padding is None else padding
+        return nn.Conv2d(inputs, outputs, kernel, stride, padded, groups=groups, bias=bias)
 
     def norm(self, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
@@ -60,10 +61,11 @@ class ConvBlock(nn.Module):
     """Convolution, batch norm, ReLU; the norm folds away before quantization."""
 
     def __init__(
-        self, layers: Layers, inputs: int, outputs: int, kernels: Sequence[int] = (3,), stride: int = 1
+        self, layers: Layers, inputs: int, outputs: int, kernels: Sequence[int] = (3,), stride: int = 1, groups: int = 1
     ) -> None:
         super().__init__()
-        self.conv = layers.conv(inputs, outputs, kernels, stride, padding=0 if max(kernels) == stride else None)
+        padding = 0 if max(kernels) == stride else None
+        self.conv = layers.conv(inputs, outputs, kernels, stride, padding=padding, groups=groups)
         self.bn = layers.norm(outputs)
         self.act = nn.ReLU(inplace=True)
 
@@ -104,7 +106,7 @@ class PairDetector(nn.Module):
         super().__init__()
         self.design = design
         c4, c8, c16, c32 = design.widths
-        self.stem = ConvBlock(layers, 4, c4, (4,), 4)
+        self.stem = ConvBlock(layers, 4, c4, (4,), 4, design.fusion)
         self.down8 = ConvBlock(layers, c4, c8, stride=2)
         self.down16 = ConvBlock(layers, c8, c16, stride=2)
         if design.deepest == COARSEST:
