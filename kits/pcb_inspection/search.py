@@ -63,8 +63,10 @@ PHASES = {
     "smoke": (("largest", (), 1), ("all", tuple(CHOICES), 1)),
 }  # fmt: skip
 """Progressive shrinking: what is free, phase by phase, and epochs."""
-FINISHED = {"full": 64, "smoke": 1}
+FINISHED = {"full": 48, "smoke": 1}
 """Epochs that the winner is trained on for."""
+FRESH = {"full": 320, "smoke": 4}
+"""Boards of the generator in each of them, new ones every time: names learnt on the same few carried less far."""
 SHORT = {"full": 8, "smoke": 1}
 """Epochs of a finalist."""
 PATHS = 3
@@ -359,7 +361,7 @@ class DetectorTask:
         teacher, name = judge.teacher()
         fitted = training.train_detector(
             ready, judge.validation, replace(basis, epochs=epochs, lr=basis.lr / 2), folder, folder.is_dir(),
-            start=detector, larger=[teacher],
+            start=detector, larger=[teacher], fresh=FRESH[self.setup.preset],
         )  # fmt: skip
         return fitted, name
 
