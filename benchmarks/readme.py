@@ -95,6 +95,26 @@ def markdown_cues(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_yolo(found: dict[str, Any]) -> str:
+    """What `examples/prune_yolo.py` left of a YOLO: before and after, each exported file in OpenVINO."""
+    head = ("YOLO", "parameters", "GMAC", "MB", "mAP50 [%]", "mAP50-95 [%]", "p50 [ms]", "energy [mJ], estimated")
+    lines = ["| " + " | ".join(head) + " |", "|:--" + "|--:" * (len(head) - 1) + "|"]
+    times = {t["name"]: t["p50"] for t in found["timing"]["timings"]}
+    for name in ("before", "after"):
+        row = found[name]
+        cells = [f"{row['parameters']:,}", f"{row['macs'] / 1e9:.2f}", f"{row['megabytes']:.2f}", f"{row['map50']:.2f}",
+                 f"{row['map5095']:.2f}", f"{times[name]:.2f}", f"~{row['energy_mj_estimated']:.0f}"]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    low, high = found["speedup_interval"]
+    lines += [
+        "",
+        f"{found['macs_gone']:.1f} % of the multiply-accumulates gone, {found['energy_gone_estimated']:.1f} % of the "
+        f"energy (estimated), {found['speedup']:.2f} ({low:.2f} to {high:.2f}) times as fast; split "
+        f"{found['split']}, {found['device']}, {found['software']}, in turns.",
+    ]
+    return "\n".join(lines)
+
+
 def rendered() -> dict[Path, str]:
     """Every README with its tables as the stored reports say."""
     texts: dict[Path, str] = {}
@@ -105,13 +125,15 @@ def rendered() -> dict[Path, str]:
             report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
             text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
         reports = ROOT / "benchmarks" / "reports" / path.parent.name
-        for name in ("tools", "experts"):
+        for name in ("tools", "experts", "table"):
             if (told := reports / f"{name}.md").is_file():
                 text = replace_block(text, f"{path.parent.name}-{name}", told.read_text(encoding="utf-8"))
         if kept := sorted(reports.glob("recipe-*.json")):
             text = replace_block(text, f"{path.parent.name}-recipes", markdown_recipes([read_json(p) for p in kept]))
         if (tiny := reports / "tiny.json").is_file():
             text = replace_block(text, f"{path.parent.name}-tiny", markdown_tiny(read_json(tiny)))
+        if (pruned := reports / "yolo-pruned.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-yolo", markdown_yolo(read_json(pruned)))
         for name in ("searched",):
             if (judged := reports / f"{name}.json").is_file():
                 text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))

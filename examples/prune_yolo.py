@@ -87,6 +87,7 @@ def trainer_of(network: nn.Module | None, folder: Path, given: argparse.Namespac
         "data": str(given.data), "imgsz": given.imgsz, "batch": given.batch, "epochs": given.epochs, "device": "cpu",
         "workers": 0, "project": str(folder.parent.resolve()), "name": folder.name, "exist_ok": True, "plots": False,
         "lr0": given.lr, "optimizer": "AdamW", "warmup_epochs": 1.0, "verbose": False, "nbs": given.batch, "amp": False,
+        "close_mosaic": max(1, given.epochs // 2),
     })  # fmt: skip
     if network is not None and resume is None:
         trainer.model = network

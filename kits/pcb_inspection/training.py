@@ -63,7 +63,7 @@ def train_detector(
     resume: bool,
     teacher: Teacher | None = None,
     start: PairDetector | None = None,
-    larger: Sequence[PairDetector] = (),
+    larger: Sequence[nn.Module] = (),
     view: View | None = None,
     fresh: int = 0,
 ) -> Fit:
@@ -173,7 +173,7 @@ def taught(teacher: Teacher, batch: Sequence[Crop]) -> Tensor:
 
 
 @torch.no_grad()
-def told(larger: Sequence[PairDetector], images: Tensor, view: View | None = None) -> Tensor:
+def told(larger: Sequence[nn.Module], images: Tensor, view: View | None = None) -> Tensor:
     """What an ensemble says of pairs (N, 4, H, W): the mean of its class probabilities (N, 6, H / 8, W / 8).
 
     Of the classes that a `view` leaves out it says nothing.
