@@ -63,7 +63,7 @@ PHASES = {
     "smoke": (("largest", (), 1), ("all", tuple(CHOICES), 1)),
 }  # fmt: skip
 """Progressive shrinking: what is free, phase by phase, and epochs."""
-FINISHED = {"full": 48, "smoke": 1}
+FINISHED = {"full": 64, "smoke": 1}
 """Epochs that the winner is trained on for."""
 FRESH = {"full": 320, "smoke": 4}
 """Boards of the generator in each of them, new ones every time: names learnt on the same few carried less far."""
