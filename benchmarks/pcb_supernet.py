@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from core.nas import Phase, train_supernet
-from core.weights import load_weights, save_weights
+from core.nas import Phase
+from core.weights import load_weights
 from kits.pcb_inspection import KIT, training
-from kits.pcb_inspection.data.augment import drawn, prepare
-from kits.pcb_inspection.search import CHOICES, PATHS, Supernet, path_loss
+from kits.pcb_inspection.search import CHOICES, Supernet, shrink
 
 
 def main() -> None:
@@ -34,22 +33,10 @@ def main() -> None:
     torch.manual_seed(1)
     net = Supernet()
     load_weights(net, given.weights)
-    net = net.to(memory_format=torch.channels_last)
+    basis = training.SCHEDULES[given.preset]
+    phase = Phase("all", tuple(CHOICES), replace(basis, epochs=given.epochs, lr=basis.lr / 2, seed=1))
     pairs = KIT.dataset(given.data, "train", given.preset)
-    ready = [*prepare(pairs), *drawn(max(4, round(training.DRAWN * min(1.0, len(pairs) / 800))), 0)]
-    basis = replace(training.SCHEDULES[given.preset], epochs=given.epochs, seed=1)
-    steps = max(1, len(ready) * training.EACH // basis.batch_size)
-    train_supernet(
-        net,
-        [Phase("all", tuple(CHOICES), replace(basis, lr=basis.lr / 2))],
-        lambda epoch: training.training_batches(ready, basis.batch_size, steps, basis.seed, epoch),
-        path_loss,
-        steps_per_epoch=steps,
-        folder=given.out / "supernet",
-        resume=(given.out / "supernet").is_dir(),
-        paths=PATHS,
-    )
-    save_weights(net, given.out / "supernet.safetensors")
+    shrink(net, pairs, [phase], given.out, (given.out / "supernet").is_dir())
 
 
 if __name__ == "__main__":

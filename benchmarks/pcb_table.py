@@ -34,6 +34,7 @@ from core.export import Artifact, export
 from core.figures import today
 from core.files import write_text
 from core.hardware import profile
+from core.report import read_json
 from kits.pcb_inspection import KIT
 from kits.pcb_inspection.acceptance import score
 from kits.pcb_inspection.baseline import ARCHITECTURES, detector, exported, yolo_macs
@@ -95,7 +96,7 @@ class Yolo:
         """Sizes; no time yet."""
         untold = " (random weights: architecture only)"
         if self.weights:
-            untold = f" ({json.loads(self.weights.with_name('metrics.json').read_text())['epochs']} epochs)"
+            untold = f" ({read_json(self.weights.with_name('metrics.json'))['epochs']} epochs)"
         size = self.file().with_suffix(".bin").stat().st_size / 1e6
         return Row(
             f"{self.architecture} {self.precision}{untold}", size, yolo_macs(self.architecture), bool(self.weights)

@@ -178,25 +178,28 @@ def train(setup: Setup, resume: bool) -> Path:
     if place.is_file() and resume:
         return place
     torch.manual_seed(0)
-    net = Supernet().to(memory_format=torch.channels_last)
-    pairs = _pairs(setup, "train")
-    ready = [*prepare(pairs), *drawn(max(4, round(training.DRAWN * min(1.0, len(pairs) / 800))), 0)]
     basis = training.SCHEDULES[setup.preset]
+    phases = [
+        Phase(name, free, replace(basis, epochs=epochs, lr=basis.lr if number == 0 else basis.lr / 2))
+        for number, (name, free, epochs) in enumerate(PHASES[setup.preset])
+    ]
+    return shrink(Supernet(), _pairs(setup, "train"), phases, Path(setup.folder), resume)
+
+
+def shrink(net: Supernet, pairs: Sequence[Any], phases: Sequence[Phase], folder: Path, resume: bool) -> Path:
+    """Train a supernet on pairs by phases; the file of its weights in the folder."""
+    net, basis = net.to(memory_format=torch.channels_last), phases[0].schedule
+    ready = [*prepare(pairs), *drawn(training.drawn_beside(len(pairs)), 0)]
     steps = max(1, len(ready) * training.EACH // basis.batch_size)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
         return training.training_batches(ready, basis.batch_size, steps, basis.seed, epoch)
 
-    phases = [
-        Phase(name, free, replace(basis, epochs=epochs, lr=basis.lr if number == 0 else basis.lr / 2))
-        for number, (name, free, epochs) in enumerate(PHASES[setup.preset])
-    ]
     train_supernet(
-        net, phases, batches, path_loss, steps_per_epoch=steps, folder=Path(setup.folder) / "supernet", resume=resume,
-        paths=PATHS,
-    )  # fmt: skip
-    save_weights(net, place)
-    return place
+        net, phases, batches, path_loss, steps_per_epoch=steps, folder=folder / "supernet", resume=resume, paths=PATHS
+    )
+    save_weights(net, folder / "supernet.safetensors")
+    return folder / "supernet.safetensors"
 
 
 class Judge:

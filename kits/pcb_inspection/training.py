@@ -78,7 +78,7 @@ def train_detector(
     model = (start or PairDetector()).to(memory_format=torch.channels_last)
     size = model.design.size
     validation = [seen_at(pair, size) for pair in validation]
-    count = fresh or max(4, round(DRAWN * min(1.0, len(train) / 800)))
+    count = fresh or drawn_beside(len(train))
     same = [] if fresh else drawn(count, schedule.seed)
     steps = max(1, (len(train) + count) * EACH // schedule.batch_size)
 
@@ -105,6 +105,11 @@ def train_detector(
     )
     trained.model.to(memory_format=torch.contiguous_format)  # as safetensors stores it
     return trained
+
+
+def drawn_beside(pairs: int) -> int:
+    """How many boards of the generator train along with so many pairs."""
+    return max(4, round(DRAWN * min(1.0, pairs / 800)))
 
 
 def training_batches(
