@@ -47,6 +47,12 @@ Place = tuple[int, int]
 """Upper left corner of a crop, row and column in pixels, on the grid of COARSEST."""
 
 
+def planes_that_differ(planes: Tensor) -> tuple[Grey, Grey]:
+    """What a network's input (1, 4, S, S) says is gained and lost, each (S, S), 0 where nothing is."""
+    gained, lost = (cv2.compare(plane.numpy(), 0.5, cv2.CMP_GT) for plane in planes[0, 2:])
+    return gained, lost
+
+
 def blobs(gained: Grey, lost: Grey) -> NDArray[np.int64]:
     """The pieces of difference (n, 5): left, top, width, height, and the pixels that differ in that box.
 
@@ -90,8 +96,9 @@ def gate_on(pairs: Sequence[Pair], side: int) -> dict[str, int]:
     return {"area": area, "boards": len(pairs), "defects": len(areas), "missed": sum(a < area for a in areas)}
 
 
-def cover(pieces: NDArray[np.int64], area: int, side: int) -> list[Place] | None:
-    """Crops that show every piece of at least `area` away from their rims; None where a piece is larger than a crop.
+def cover(pieces: NDArray[np.int64], area: int, side: int, most: int | None = None) -> list[Place] | None:
+    """Crops that show every piece of at least `area` away from their rims; None where a piece is larger than a crop,
+    or where that takes `most` crops or more.
 
     Greedy: the crop is laid about the first piece that is not shown yet, and shows whatever else lies in it. At the
     sides of the tile a crop's rim counts, since nothing lies beyond.
@@ -101,15 +108,15 @@ def cover(pieces: NDArray[np.int64], area: int, side: int) -> list[Place] | None
     if len(corners) and (corners[:, 2:] - corners[:, :2]).max() > CROP - 2 * RIM - COARSEST:
         return None
     places: list[Place] = []
-    left = np.ones(len(corners), bool)
-    for number in np.lexsort((corners[:, 1], corners[:, 0])):
-        if not left[number]:
-            continue
-        place = tuple(_start(corners[number, axis], corners[number, axis + 2], side) for axis in (0, 1))
-        places.append((place[0], place[1]))
-        low, high = zip(*(_inner(start, side) for start in place))
-        left &= ~((corners[:, :2] >= low).all(1) & (corners[:, 2:] <= high).all(1))
-        left[number] = False
+    left = corners[np.lexsort((corners[:, 1], corners[:, 0]))].tolist()  # few: faster than as an array
+    while left:
+        if len(places) + 1 == most:
+            return None
+        y, x, y2, x2 = left[0]
+        place = _start(y, y2, side), _start(x, x2, side)
+        places.append(place)
+        (top, bottom), (start, end) = (_inner(s, side) for s in place)
+        left = [p for p in left[1:] if not (p[0] >= top and p[1] >= start and p[2] <= bottom and p[3] <= end)]
     return places
 
 
@@ -187,11 +194,11 @@ class Conditional(nn.Module):
     def forward(self, planes: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 4, S, S) -> class logits (1, 6, h, h) and distances (1, 4, h, h), as the network's."""
         side = int(planes.shape[-1])
-        gained, lost = (np.ascontiguousarray((plane.numpy() > 0.5).astype(np.uint8)) for plane in planes[0, 2:])
+        gained, lost = planes_that_differ(planes)
         if self._gate is not None:
             places = self._gate(gained, lost)
         else:
-            places = cover(blobs(gained, lost), self.area, side)
+            places = cover(blobs(gained, lost), self.area, side, self.crossover)
         if places is None or len(places) >= self.crossover:
             self.ways["dense"] += 1
             found: tuple[Tensor, Tensor] = self.dense(planes)

@@ -14,7 +14,7 @@ from core.evaluation.bench import bench
 from core.export import Artifact
 from core.progress import progress
 from kits.pcb_inspection.acceptance import score
-from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover
+from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover, planes_that_differ
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.defects import add_defects
 from kits.pcb_inspection.inspection import clean_boards
@@ -135,8 +135,7 @@ def by_density(
     for density in DENSITIES:
         tiles, counts = crowded(pairs, density, side, boards), []
         for tile in tiles:
-            gained, lost = (np.ascontiguousarray((p.numpy() > 0.5).astype(np.uint8)) for p in tile[0, 2:])
-            counts.append(_count(gated, gained, lost, side))
+            counts.append(_count(gated, *planes_that_differ(tile), side))
         spent = times({"dense": gated.dense, "gated": gated}, tiles, threads)
         rows.append((density, float(np.mean(counts)), spent["gated"], spent["dense"]))
     return rows

@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import bev_whole
 from core.compress import compress, replay
 from core.distillation import softened_kl
 from core.kit import InputError, Recipe
 from core.pruning import Sparsify, check_pattern, sparse_utilization
-from kits.bev_perception.data.keyframes import Keyframe, keyframes
+from kits.bev_perception.data.default import SETS
+from kits.bev_perception.data.keyframes import Keyframe, in_scenes, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
 from kits.bev_perception.data.world import generate_world
 from kits.bev_perception.distil import FollowOriginal, answers_apart
@@ -97,6 +99,23 @@ def test_what_stays_dense_in_the_whole_stack_leaves_the_gate_its_share() -> None
 def test_a_share_shows_fewer_frames(samples: list[Keyframe]) -> None:
     _, trace = followed(samples, FollowOriginal(epochs=1, lr=1e-3, share=0.5))
     assert "trained on 4 frames" in trace[0].changed[0]["what"], "3 of 6 frames, two lanes side by side"
+
+
+def test_more_scenes_are_trained_on_and_never_judged_by(
+    monkeypatch: pytest.MonkeyPatch, samples: list[Keyframe]
+) -> None:
+    small = {"size": (96, 54), "samples": 3, "lidar_sweeps": False, "supersample": 1, "workers": 1, "quiet": True}
+    monkeypatch.setattr(bev_whole, "LARGE", small)
+    more = bev_whole.more_scenes(2)
+    assert [k.token for k in bev_whole.more_scenes(2)] == [k.token for k in more], "made once"
+    assert len(in_scenes(more)) == 2 and not {k.token for k in more} & {k.token for k in samples}
+    monkeypatch.setattr(bev_whole.BevPerception, "dataset", lambda kit, data, split, preset="full": samples)
+    kit = bev_whole.Wider()
+    kit.more = more
+    assert list(kit.dataset(None, "train")) == [*samples, *more]
+    for split in ("val", "test"):
+        assert list(kit.dataset(None, split)) == samples
+    assert bev_whole.SEED not in {arguments["seed"] for sets in SETS.values() for arguments in sets.values()}
 
 
 def test_following_the_distances_keeps_them_near_the_originals(samples: list[Keyframe]) -> None:

@@ -101,6 +101,7 @@ def test_small_pieces_pass_the_gate_unseen_and_large_ones_need_the_whole_tile() 
     assert len(cover(pieces, 10, SIDE) or []) == 1 and len(cover(pieces, 9, SIDE) or []) == 2
     assert cover(pieces, 101, SIDE) == []
     assert cover(blobs(differing((100, 100, 90)), EMPTY), 1, SIDE) is None
+    assert cover(pieces, 9, SIDE, most=2) is None and len(cover(pieces, 9, SIDE, most=3) or []) == 2
 
 
 def test_batches_take_every_crop_once() -> None:
