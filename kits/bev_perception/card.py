@@ -9,8 +9,9 @@ from typing import Any
 
 from core.compress import file_hash
 from core.figures import today
-from core.files import write_text
+from core.files import read_object, write_text
 
+CARD = "card.json"
 SHOWN = (
     ("nds", "NDS [%]"), ("map", "mAP [%]"), ("nds_day", "NDS by day [%]"), ("nds_night", "NDS by night [%]"),
     ("nds_event", "NDS within 2 s of a sudden obstacle [%]"), ("sudden_recall", "sudden obstacles found in 0.5 s [%]"),
@@ -35,8 +36,23 @@ def write_card(
     hashes = {path.name: file_hash(path) for path in sorted(out.glob("*.safetensors"))}
     frozen = {name: meta[name] for name in ("threshold", "alarm") if name in meta}
     card = {**frozen, "int8": steps, "scores": scores, "about": about, "sha256": hashes, "date": today()}
-    write_text(out / "card.json", json.dumps(card, indent=1) + "\n")
+    write_text(out / CARD, json.dumps(card, indent=1) + "\n")
     write_text(out / "README.md", _text(card))
+
+
+def tell_anew(out: Path, run: Path) -> None:
+    """Write both cards in `out` once more, with what a run of those weights froze and scored.
+
+    What the card in `out` says of their making stays. Raises InputError where the run has no scores.
+    """
+    card = read_object(out / CARD, "install the kit anew")
+    meta = read_object(run / "artifact" / "manifest.json", "run to the end")["meta"]
+    stored = read_object(run / "stage-scores.json", "run to the end")
+    scores = {
+        variant: {name: None if value != value else value for name, (value, _) in found.items()}
+        for variant, found in stored.items()
+    }
+    write_card(out, card["int8"], meta, scores, card["about"])
 
 
 def _text(card: Mapping[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """What ships beside the detector: the one that recipe `whole` made of it, taken by recipe `shipped`.
 
 `python -m kits.bev_perception.shipped RUN` takes it from a run of that recipe (`fitkit run bev_perception --recipe
-whole --out RUN`) into `weights/`, where the detector that it began from must lie already.
+whole --out RUN`) into `weights/`, where the detector that it began from must lie already. Of a run of recipe `shipped`
+it takes what that froze and scored into the model card.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,10 +21,11 @@ from core.compress import Outcome, file_hash, handles, history, replay
 from core.files import read_object, write_text
 from core.kit import Context, InputError, Step
 from core.weights import load_weights, save_weights, state_hash
+from kits.bev_perception.card import tell_anew
 
 WEIGHTS = Path(__file__).parent / "weights"
 WHOLE, CARD = WEIGHTS / "whole.safetensors", WEIGHTS / "whole.json"
-RECIPE = "whole"
+RECIPE, READY = "whole", "shipped"
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,7 @@ def ship(run: Path, original: nn.Module, weights: Path = WEIGHTS) -> None:
 
     Raises InputError for a run of another recipe, one that is not finished, or one that began from another detector.
     """
-    report = read_object(run / "report.json", "run to the end")
-    if report["recipe"]["name"] != RECIPE:
-        raise InputError(f"{run}: a run of recipe {report['recipe']['name']!r}; run --recipe {RECIPE}")
+    report = _report(run, RECIPE)
     steps, records = run / "steps", sorted((run / "steps").glob("[0-9][0-9]-*/step.json"))
     if len(records) != len(report["recipe"]["steps"]):
         raise InputError(f"{steps}: {len(records)} of {len(report['recipe']['steps'])} steps; run again with --resume")
@@ -87,6 +88,32 @@ def ship(run: Path, original: nn.Module, weights: Path = WEIGHTS) -> None:
     small = replay(original, history(steps))
     load_weights(small, records[-1].parent / "model.safetensors")
     write(small, began, history(steps), told(report["trace"][: len(records)]), weights)
+
+
+def tell(run: Path, original: nn.Module, weights: Path = WEIGHTS) -> None:
+    """The model card in `weights` with the scores of a run of recipe `shipped` on the default data, in full.
+
+    Raises InputError for another run, and for one of other weights than lie there now.
+    """
+    _report(run, READY)
+    asked = read_object(run / "run.json", "run to the end")
+    if asked["data"] is not None or asked["preset"] != "full":
+        raise InputError(f"{run}: on {asked['data'] or 'a part'}; the card tells --preset full on the default data")
+    ready = state_hash(build(copy.deepcopy(original)))
+    taken = replay(original, _card()["steps"])
+    (step,) = sorted((run / "steps").glob("[0-9][0-9]-*/model.safetensors"))
+    load_weights(taken, step)
+    if state_hash(taken) != ready:
+        raise InputError(f"{run}: scored other weights than {WHOLE}; run --recipe {READY} again")
+    tell_anew(weights, run)
+
+
+def _report(run: Path, recipe: str) -> dict[str, Any]:
+    """The report of a run of a recipe; InputError for another's."""
+    report = read_object(run / "report.json", "run to the end")
+    if report["recipe"]["name"] != recipe:
+        raise InputError(f"{run}: a run of recipe {report['recipe']['name']!r}; run --recipe {recipe}")
+    return report
 
 
 def told(trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -113,7 +140,9 @@ if __name__ == "__main__":
     from kits.bev_perception.kit import BevPerception
 
     try:
-        ship(Path(sys.argv[1]), BevPerception().model())
+        given = Path(sys.argv[1])
+        name = read_object(given / "report.json", "run to the end")["recipe"]["name"]
+        (tell if name == READY else ship)(given, BevPerception().model())
     except IndexError:
         sys.exit("usage: python -m kits.bev_perception.shipped RUN")
     except InputError as error:
