@@ -49,7 +49,7 @@ Place = tuple[int, int]
 
 def planes_that_differ(planes: Tensor) -> tuple[Grey, Grey]:
     """What a network's input (1, 4, S, S) says is gained and lost, each (S, S), 0 where nothing is."""
-    gained, lost = (cv2.compare(plane.numpy(), 0.5, cv2.CMP_GT) for plane in planes[0, 2:])
+    gained, lost = (planes[0, 2:].numpy() > 0.5).view(np.uint8)
     return gained, lost
 
 
