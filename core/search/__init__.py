@@ -2,9 +2,10 @@
 
 from core.search.cost import Cost, Costs, cost, estimated_latency
 from core.search.latency import Checked, LatencyTable, Operator, fitted_table, operators, table
+from core.search.prices import UNITS, Prices, estimated
 from core.search.task import Searched, Task
 
 __all__ = [
-    "Checked", "Cost", "Costs", "LatencyTable", "Operator", "Searched", "Task", "cost", "estimated_latency",
-    "fitted_table", "operators", "table",
+    "UNITS", "Checked", "Cost", "Costs", "LatencyTable", "Operator", "Prices", "Searched", "Task", "cost", "estimated",
+    "estimated_latency", "fitted_table", "operators", "table",
 ]  # fmt: skip

@@ -20,9 +20,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from core.distillation import softened_binary_kl
-from core.nas import Candidate, Goal, OneOf, Phase, Space, Steps, largest, recalibrate, train_supernet, weighted
+from core.nas import Candidate, Goal, OneOf, Phase, Space, Steps, largest, recalibrate, train_supernet
 from core.progress import progress
-from core.search import Costs, LatencyTable, fitted_table, operators
+from core.search import UNITS, Costs, LatencyTable, Prices, estimated, fitted_table, operators
 from core.train import Schedule
 from core.weights import load_weights, save_weights
 from kits.bev_perception import training
@@ -258,30 +258,16 @@ class Judge:
         self.net = Supernet()
         load_weights(self.net, Path(setup.folder) / "supernet.safetensors")
         self.net.eval()
-        self.target_ms = setup.target_ms
+        self.prices = Prices(Path(setup.folder) / "latency.json", built, setup.target_ms)
         self.samples = few(_samples(setup, "val"), JUDGED[setup.preset])
         self.seen = few(_samples(setup, "train"), 32 if setup.preset == "full" else 8)
-        self.table: LatencyTable | None = None
-        self.known = Path(setup.folder) / "latency.json"
 
     def __call__(self, candidate: Candidate) -> dict[str, float]:
         return self.metrics(candidate, *scored(self.network(candidate), self.samples))
 
     def metrics(self, candidate: Candidate, nds: float, mean_ap: float) -> dict[str, float]:
         """What a candidate costs beside NDS and mAP, and the score of both."""
-        plain, inputs = BEVFormer(config_of(candidate)).eval(), example(candidate)
-        found = operators(plain, inputs)
-        self.table = (self.table or LatencyTable.load(self.known)).measured(found)
-        costs, latency = Costs(lambda _: (plain, inputs)).of(candidate), self.table.latency(found)
-        return {
-            "nds": nds,
-            "latency": latency,
-            "score": weighted(nds, latency, self.target_ms, w=-1.0, within=0.0),
-            "map": mean_ap,
-            "parameters": costs["parameters"],
-            "macs": costs["macs"],
-            "peak": costs["peak"],
-        }
+        return {"nds": nds, "map": mean_ap, **self.prices.of(candidate, nds)}
 
     def network(self, candidate: Candidate) -> BEVFormer:
         """A candidate with the supernet's weights and batch norms of its own."""
@@ -315,6 +301,11 @@ def few(samples: Sequence[Keyframe], count: int) -> list[Keyframe]:
 def example(candidate: Candidate) -> tuple[Tensor, ...]:
     """Inputs of one frame for a candidate."""
     return tuple(example_inputs(config_of(candidate)).values())
+
+
+def built(candidate: Candidate) -> tuple[BEVFormer, tuple[Tensor, ...]]:
+    """A candidate with any weights, and inputs of one frame for it."""
+    return BEVFormer(config_of(candidate)).eval(), example(candidate)
 
 
 def scored(model: nn.Module, samples: Sequence[Keyframe]) -> tuple[float, float]:
@@ -354,9 +345,7 @@ def measure_table(setup: Setup, resume: bool) -> LatencyTable:
     rng, space, whole = np.random.default_rng(0), Space(CHOICES), 12 if setup.preset == "full" else 8
 
     def networks() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        return [
-            (BEVFormer(config_of(c)).eval(), example(c)) for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))
-        ]
+        return [built(c) for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))]
 
     return fitted_table(Path(setup.folder) / "latency.json", networks, resume)
 
@@ -380,18 +369,12 @@ class DetectorTask:
     @property
     def units(self) -> dict[str, str]:
         """Of the metrics."""
-        return {"nds": "%", "latency": "ms", "score": "", "map": "%", "parameters": "", "macs": "", "peak": "B"}
+        return {"nds": "%", "map": "%", **UNITS}
 
     @property
     def estimated(self) -> dict[str, tuple[str, float]]:
-        """The latency and the score that holds it, by the table's worst error on networks it was not fitted to."""
-        assert self.checked.checked is not None
-        most = self.checked.checked.most
-        return {
-            "latency": (f"table of operators measured in {self.checked.version}", most),
-            "score": ("NDS by the latency of the table", 1 - 1 / (1 + most)),
-            "peak": ("activations alive at once", 0.25),
-        }
+        """What the latency table tells, and the memory."""
+        return estimated(self.checked, "NDS")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -451,9 +434,8 @@ def make_task(data: Path | None, preset: str, folder: Path, resume: bool) -> Det
         shutil.rmtree(folder / "winner", ignore_errors=True)
     train(setup, resume)
     known = measure_table(setup, resume)
-    needed = operators(BEVFormer(NANO).eval(), example(hand()))
-    setup = replace(setup, target_ms=known.latency(needed))
-    costs = Costs(lambda candidate: (BEVFormer(config_of(candidate)).eval(), example(candidate)))
+    setup = replace(setup, target_ms=known.latency(operators(*built(hand()))))
+    costs = Costs(built)
     most = TOPS * 1e12 / 2 / RATE_HZ
     space = Space(CHOICES, (costs.bound("macs", most),))
     return DetectorTask(setup, Evaluation(setup), known, space)

@@ -26,9 +26,8 @@ from core.nas import (
     cut,
     largest,
     train_supernet,
-    weighted,
 )
-from core.search import Costs, LatencyTable, fitted_table, operators
+from core.search import UNITS, LatencyTable, Prices, estimated, fitted_table
 from core.train import Fit
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
@@ -209,13 +208,11 @@ class Judge:
         self.net = Supernet()
         load_weights(self.net, Path(setup.folder) / "supernet.safetensors")
         self.net.eval()
-        self.target_ms = setup.target_ms
+        self.prices = Prices(Path(setup.folder) / "latency.json", built, setup.target_ms)
         self.validation = prepare(validation)
         ready, basis = prepare(train), training.SCHEDULES[setup.preset]
         wanted = 16 if setup.preset == "full" else 2
         self.seen = list(training.training_batches(ready, basis.batch_size, wanted, basis.seed, 10_000))
-        self.known = Path(setup.folder) / "latency.json"
-        self.table: LatencyTable | None = None
 
     def __call__(self, candidate: Candidate) -> dict[str, float]:
         plain = self.network(candidate)
@@ -223,19 +220,7 @@ class Judge:
 
     def metrics(self, candidate: Candidate, accuracy: float) -> dict[str, float]:
         """What a candidate costs beside an accuracy, and the score of both."""
-        plain, inputs = PairDetector(design_of(candidate)).eval(), example(candidate)
-        found = operators(plain, inputs)
-        self.table = (self.table or LatencyTable.load(self.known)).measured(found)
-        costs = Costs(lambda _: (plain, inputs)).of(candidate)
-        latency = self.table.latency(found)
-        return {
-            "map": accuracy,
-            "latency": latency,
-            "score": weighted(accuracy, latency, self.target_ms, w=-1.0, within=0.0),
-            "parameters": costs["parameters"],
-            "macs": costs["macs"],
-            "peak": costs["peak"],
-        }
+        return {"map": accuracy, **self.prices.of(candidate, accuracy)}
 
     def largest(self) -> PairDetector:
         """The candidate that holds all others' weights."""
@@ -264,6 +249,11 @@ def example(candidate: Candidate) -> tuple[Tensor]:
     """One tile for a candidate."""
     size = design_of(candidate).size
     return (torch.rand(1, 4, size, size, generator=torch.Generator().manual_seed(0)).round(),)
+
+
+def built(candidate: Candidate) -> tuple[PairDetector, tuple[Tensor]]:
+    """A candidate with any weights, and one tile for it."""
+    return PairDetector(design_of(candidate)).eval(), example(candidate)
 
 
 def average_precision(model: nn.Module, ready: Sequence[Ready], size: int) -> float:
@@ -298,10 +288,7 @@ def measure_table(setup: Setup, resume: bool) -> LatencyTable:
     rng, space, whole = np.random.default_rng(0), Space(CHOICES), 16 if setup.preset == "full" else 8
 
     def networks() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        return [
-            (PairDetector(design_of(c)).eval(), example(c))
-            for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))
-        ]
+        return [built(c) for c in (hand(), *(space.draw(rng) for _ in range(whole - 1)))]
 
     return fitted_table(Path(setup.folder) / "latency.json", networks, resume)
 
@@ -325,18 +312,12 @@ class DetectorTask:
     @property
     def units(self) -> dict[str, str]:
         """Of the metrics."""
-        return {"map": "%", "latency": "ms", "score": "", "parameters": "", "macs": "", "peak": "B"}
+        return {"map": "%", **UNITS}
 
     @property
     def estimated(self) -> dict[str, tuple[str, float]]:
-        """The latency and the score that holds it, by the table's worst error on networks it was not fitted to."""
-        assert self.checked.checked is not None
-        most = self.checked.checked.most
-        return {
-            "latency": (f"table of operators measured in {self.checked.version}", most),
-            "score": ("map by the latency of the table", 1 - 1 / (1 + most)),
-            "peak": ("activations alive at once", 0.25),
-        }
+        """What the latency table tells, and the memory."""
+        return estimated(self.checked, "map")
 
     @property
     def notes(self) -> tuple[str, ...]:

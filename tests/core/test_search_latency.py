@@ -22,7 +22,9 @@ from core.search import (
     Costs,
     LatencyTable,
     Operator,
+    Prices,
     cost,
+    estimated,
     estimated_latency,
     fitted_table,
     operators,
@@ -189,3 +191,19 @@ def test_costs_bound_a_space() -> None:
     assert [c["width"] for c in space.members()] == [8, 16]
     with pytest.raises(InputError, match="macs at most 1 MAC"):
         Space({"width": Steps((8, 16))}, (costs.bound("macs", 1.0, "MAC"),)).check()
+
+
+def test_a_candidate_has_its_price_by_the_table_and_the_score_falls_with_its_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LatencyTable, "_alone", lambda self, operator, folder: 0.0 if operator is None else 2e-3)
+    made = replace(table(), scale=1.5, checked=Checked(6, 0.05, 0.25, 0.9))
+    made.save(tmp_path / "latency.json")
+    prices = Prices(tmp_path / "latency.json", lambda c: (net(int(c["width"]), int(c["depth"])), IMAGE), 15.0)
+    short, long = (prices.of({"width": 8, "depth": depth}, 80.0) for depth in (1, 3))
+    assert short["latency"] == pytest.approx(4 * 3.0) and long["latency"] == pytest.approx(6 * 3.0)
+    assert short["score"] == 80.0 and long["score"] == pytest.approx(80.0 * 15 / 18), "up to the target accuracy counts"
+    assert long["macs"] - short["macs"] == 2 * 32 * 48 * 8 * 72 and long["parameters"] > short["parameters"]
+    told = estimated(made, "map")
+    assert told["latency"] == (f"table of operators measured in {made.version}", 0.25)
+    assert told["score"][1] == pytest.approx(0.2) and told.keys() < {*short}
