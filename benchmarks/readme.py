@@ -95,6 +95,21 @@ def markdown_cues(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_second_look(found: dict[str, Any]) -> str:
+    """What the dynamic path finds of sudden obstacles, beside the clock and each detector alone."""
+    lines = [
+        "| detector | found | frames looked at again [%] | NDS | NDS within 2 s of an event |",
+        "|:--" + "|--:" * 4 + "|",
+    ]
+    for name, row in found["rows"].items():
+        lines.append(
+            f"| {name} | {row['found']:.0f} of {found['events']} | {row['share']:.1f} | {row['nds']:.2f} | "
+            f"{row['nds_event']:.2f} |"
+        )
+    lines += ["", f"{found['frames']} frames, {found['runtime']}, {found['device']}."]
+    return "\n".join(lines)
+
+
 def markdown_yolo(found: dict[str, Any]) -> str:
     """What `examples/prune_yolo.py` left of a YOLO: before and after, each exported file in OpenVINO."""
     head = ("YOLO", "parameters", "GMAC", "MB", "mAP50 [%]", "mAP50-95 [%]", "p50 [ms]", "energy [mJ], estimated")
@@ -139,6 +154,8 @@ def rendered() -> dict[Path, str]:
                 text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))
         if (lidar := reports / "lidar.json").is_file():
             text = replace_block(text, f"{path.parent.name}-lidar", markdown_lidar(read_json(lidar)))
+        if (second := reports / "second_look.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-second-look", markdown_second_look(read_json(second)))
         if (cues := reports / "cues.json").is_file():
             text = replace_block(text, f"{path.parent.name}-cues", markdown_cues(read_json(cues)))
         texts[path] = text

@@ -3,7 +3,7 @@
 Cheap cues decide, from what is there anyway: how much the pictures have changed where the car will drive, boxes on its
 way that are new, and above all how many things that move may be there without its being sure. A budget bounds the share
 of frames that are looked at twice, so that the mean cost is known beforehand and the worst frame costs one small and
-one large pass.
+one large pass. Of such a frame both answers count, of one thing that both see the surer.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ class Policy:
     aside: float = 4.0
     near: float = 3.0
     """Metres within which a box is the one of the frame before."""
+    same: float = 2.0
+    """Metres within which boxes of a class, one of each detector, are one thing: where nuScenes scores errors."""
 
 
 STANDING = ("barrier", "traffic_cone")
 """Classes that come from nowhere only where something else has moved."""
+SAID = 0.05
+"""The score from which a box is looked at."""
 KEPT = 1000
 """Frames whose cues are kept: a car drives for days."""
 
@@ -89,7 +93,8 @@ def freeze_alarm(alarms: Sequence[float], share: float = Policy.share) -> float:
 class Dynamic(nn.Module):
     """Called as `BEVFormer.forward` for one frame after the other; `small` and `large` share the form of the memory.
 
-    A frame without history begins a new scene: then there is nothing to compare with, and it is seen as it comes.
+    A frame without history begins a new scene: then there is nothing to compare with, and it is seen as it comes. The
+    memory stays the small one's, so that what is looked at again changes no later alarm.
     """
 
     def __init__(self, small: nn.Module, large: nn.Module, config: Config, policy: Policy | None = None) -> None:
@@ -122,10 +127,23 @@ class Dynamic(nn.Module):
         again = alarm >= policy.alarm and self._saved >= 1
         if again:
             self._saved -= 1
-            found = self.large(*inputs)
+            found = *self._both(found, self.large(*inputs)), found[2]
             self._way(found, can_bus, keep_only=True)
         self.watch.note(alarm, cues, again)
         return found
+
+    def _both(
+        self, small: tuple[Tensor, Tensor, Tensor], large: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (1, O', K) and codes (1, O', 10) of what either says, of one thing that both say the surer."""
+        logits, codes = zip(*((found[0][0], found[1][0]) for found in (small, large)))
+        here, there = (boxes.decode(code)[:, :2] for code in codes)
+        (ours, our_labels), (theirs, their_labels) = (each.sigmoid().max(-1) for each in logits)
+        one = (torch.cdist(here, there) < self.policy.same) & (our_labels[:, None] == their_labels)
+        kept = (ours > SAID) & ~(one & (theirs >= ours[:, None])).any(1)
+        left = ~one[kept].any(0)
+        both = (torch.cat((a[kept], b[left]))[None] for a, b in (logits, codes))
+        return next(both), next(both)
 
     def _change(self, images: Tensor, camera_mask: Tensor) -> float:
         """How much more one block of the front picture has changed than the others, 0 (none) to 1."""
@@ -144,10 +162,10 @@ class Dynamic(nn.Module):
         """(novelty, doubt): the surest box on the way that was not there before, and how much may be moving there."""
         said = boxes.detections(found[0][0], found[1][0], self.config)
         x, y = said.boxes[:, 0], said.boxes[:, 1]
-        way = (y > 0) & (y < self.policy.ahead) & (x.abs() < self.policy.aside) & (said.scores > 0.05)
+        way = (y > 0) & (y < self.policy.ahead) & (x.abs() < self.policy.aside) & (said.scores > SAID)
         # where the car has driven on, what stands still has come nearer
         here = said.boxes[:, :2] + torch.stack((can_bus.new_zeros(()), can_bus[0, :2].norm()))
-        before, self._seen = self._seen, said.boxes[said.scores > 0.05][:, :2]
+        before, self._seen = self._seen, said.boxes[said.scores > SAID][:, :2]
         if keep_only or not bool(way.any()):
             return 0.0, 0.0
         scores = said.scores[way]

@@ -56,9 +56,38 @@ def test_something_new_on_the_way_is_looked_at_again() -> None:
     small.score = 0.6
     scores, _, _ = path(*frame())
     assert list(path.watch.again) == [False, False, True]
-    assert float(scores.sigmoid().max()) == pytest.approx(0.9, abs=1e-4), "the answer is the large one's"
+    assert float(scores.sigmoid().max()) == pytest.approx(0.9, abs=1e-4), "of one thing the surer answer counts"
+    assert int((scores.sigmoid().amax(-1) > 0.05).sum()) == 1, "and once"
     path(*frame(driven=0.5))
     assert not path.watch.again[-1], "what was there before, and has come nearer as the car drove on, is no news"
+
+
+def answers(small: Says, large: Says) -> tuple[list[tuple[float, float, int]], Tensor]:
+    """(score, x, class) of what is said with 0.05 or more of a frame that is looked at again, and the memory."""
+    scores, codes, memory = Dynamic(small, large, MICRO, Policy(alarm=0.0))(*frame(first=True))
+    best, labels = scores[0].sigmoid().max(-1)
+    said = [(float(s), float(x), int(c)) for s, x, c in zip(best, codes[0, :, 0], labels) if s > 0.05]
+    return sorted((round(s, 3), round(x, 3), c) for s, x, c in said), memory
+
+
+def test_of_a_second_look_both_answers_count_and_of_one_thing_the_surer() -> None:
+    car, truck = (MICRO.classes.index(name) for name in ("car", "truck"))
+    assert answers(Says(0.4), Says(0.7, (1.9, 15.0)))[0] == [(0.7, 1.9, car)]
+    assert answers(Says(0.7), Says(0.4, (1.9, 15.0)))[0] == [(0.7, 0.0, car)]
+    assert answers(Says(0.7), Says(0.7))[0] == [(0.7, 0.0, car)], "as sure: once"
+    assert answers(Says(0.7), Says(0.4, (2.1, 15.0)))[0] == [(0.4, 2.1, car), (0.7, 0.0, car)], "two things"
+    assert answers(Says(0.7), Says(0.4, what="truck"))[0] == [(0.4, 0.0, truck), (0.7, 0.0, car)], "of two classes"
+    assert answers(Says(0.04), Says(0.4, (9.0, 15.0)))[0] == [(0.4, 9.0, car)]
+    assert answers(Says(0.4), Says(0.04, (9.0, 15.0)))[0] == [(0.4, 0.0, car)], "what only the small one saw stays"
+
+
+def test_the_memory_stays_the_small_ones() -> None:
+    class Remembers(Says):
+        def forward(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scores, codes, memory = super().forward(images, *rest)
+            return scores, codes, memory + self.score
+
+    assert torch.equal(answers(Remembers(0.4), Remembers(0.7))[1], torch.full((1, 120, 32), 0.4))
 
 
 def test_something_beside_the_way_is_none_of_its_business() -> None:
