@@ -74,7 +74,7 @@ RECIPES = {
         ),
         Recipe(
             "whole", (*FOLLOWED, *THIN, AROUND, MIXED), "two hours of training on two cores",
-            "pruned, 2:4, INT8 in the backbone, FP16 in the transformer; the one that ships was shown more streets as well",
+            "pruned, 2:4, INT8 in the backbone, FP16 in the transformer; the one that ships saw more streets besides",
         ),
         Recipe(
             "shipped",
