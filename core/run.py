@@ -18,7 +18,7 @@ from core.compress import Trace, compress
 from core.evaluation.bench import available_cores, bench
 from core.evaluation.measure import device, measure, runtime_title
 from core.export import Artifact, audit_trace, export_kit
-from core.figures import Estimated, Figure, Figures, Measured, Stage
+from core.figures import Estimated, Figure, Figures, Measured, Stage, today
 from core.files import write_text
 from core.hardware import Target, estimate, profile, target, will_it_be_faster
 from core.hardware.profile import Matrix, remembered
@@ -29,6 +29,8 @@ from core.report import Report, judge, read_json
 
 THREADS = min(2, len(available_cores()))
 SECONDS = {"smoke": 6.0, "full": 30.0}
+MADE = "made.json"
+"""In a run's folder: where and when each stage ran."""
 """How long the side-by-side timing runs."""
 
 
@@ -141,8 +143,8 @@ class Run:
                     f"{path}: was begun with another {k}; give the same {k}, or another --out, or leave out --resume"
                 )
         elif not self.resume:
-            for stage in self.out.glob("stage-*.json"):
-                stage.unlink()
+            for stage in (*self.out.glob("stage-*.json"), self.out / MADE):
+                stage.unlink(missing_ok=True)
         write_text(path, json.dumps(wanted))
 
     def _stage(self, name: str, make: Callable[[], Any]) -> Any:
@@ -151,8 +153,19 @@ class Run:
         if self.resume and path.exists():
             return read_json(path)
         value = make()
+        made = self.out / MADE  # first, so that no stage is there without it
+        known = read_json(made) if made.exists() else {}
+        write_text(made, json.dumps(known | {name: {"device": device(), "date": today()}}))
         write_text(path, json.dumps(value))
         return value
+
+    def _measured(
+        self, stage: str, runtime: str, runs: int, spread: float | None, artifact: str, note: str = ""
+    ) -> Measured:
+        """The basis of what a stage found: where and when that ran, which a resumed run may be far from."""
+        where = read_json(self.out / MADE).get(stage, {}) if (self.out / MADE).exists() else {}
+        found = Measured(where.get("device", device()), runtime, runs, spread, artifact, note=note)
+        return replace(found, date=where.get("date", found.date))
 
     def _artifact(self, stages: Mapping[Stage, nn.Module], precisions: Mapping[Stage, str]) -> Artifact:
         place = self.out / "artifact"
@@ -238,19 +251,20 @@ class Run:
             name = chosen[stage] = min(names, key=lambda n: times[n]["p50"])
             own = (Figure.from_json(f) for f in timing["own"][name])
             figures |= Figures(f for f in own if f.name != "fps").restage(stage)
-            basis = Measured(
-                device(), runtime_title(artifact, name, THREADS), samples, None, artifact.sha256, note=f"split {split}"
-            )
+            title = runtime_title(artifact, name, THREADS)
+            basis = self._measured("scores", title, samples, None, artifact.sha256, f"split {split}")
             figures |= Figures(Figure(k, v, unit, basis, stage) for k, (v, unit) in scores[name].items())
         if all(self.kit.headline in scores[name] for name in chosen.values()):
             had, has = (scores[name][self.kit.headline][0] for name in chosen.values())
             both = " minus ".join(runtime_title(artifact, name) for name in chosen.values())
-            basis = Measured(device(), both, samples, None, artifact.sha256, note=f"{self.kit.headline}, split {split}")
+            note = f"{self.kit.headline}, split {split}"
+            basis = self._measured("scores", both, samples, None, artifact.sha256, note)
             figures |= Figures([Figure("accuracy_loss", had - has, "points", basis)])
         before, after = chosen["original"], chosen["compressed"]
         pair = next(r for r in timing["ratios"] if r["of"] == before and r["over"] == after)
         title = f"{runtime_title(artifact, after, THREADS)}, end to end, in turns with {before}"
-        basis = Measured(device(), title, times[after]["runs"], (pair["high"] - pair["low"]) / 2, artifact.sha256)
+        spread = (pair["high"] - pair["low"]) / 2
+        basis = self._measured("timing", title, times[after]["runs"], spread, artifact.sha256)
         figures |= Figures([Figure("speedup", pair["value"], "x", basis)])
         best = timing["recommended"]
         best_title = f"{runtime_title(artifact, best, THREADS)}, end to end"
@@ -268,14 +282,13 @@ class Run:
                 ("end_to_end_p50", t["p50"], "ms", t["spread"], note),
                 ("end_to_end_p99", t["p99"], "ms", t["spread_p99"], note),
             ):
-                basis = Measured(device(), title, t["runs"], spread, artifact.sha256, note=how)
+                basis = self._measured("timing", title, t["runs"], spread, artifact.sha256, how)
                 figures |= Figures([Figure(figure, value, unit, basis, stage)])
         for name in timing["baselines"]:
             ratio = next(r for r in timing["ratios"] if r["of"] == name and r["over"] == best)
             spread = (ratio["high"] - ratio["low"]) / 2
-            basis = Measured(
-                device(), f"{best_title}, in turns with {name}", times[best]["runs"], spread, artifact.sha256
-            )
+            title = f"{best_title}, in turns with {name}"
+            basis = self._measured("timing", title, times[best]["runs"], spread, artifact.sha256)
             figures |= Figures([Figure(f"speedup_{name.split('-')[0]}", ratio["value"], "x", basis)])
         return figures
 

@@ -31,7 +31,8 @@ def write_card(
 
     `steps` rebuild the INT8 modules (`core.compress.history`), `meta` is what was frozen on validation frames, `scores`
     are {variant: metrics} on streets held out of training and of every choice, `about` tells data, frames by split,
-    seed, command, seconds and, where the command alone does not make these weights, their history.
+    seed, command, seconds and, where the command alone does not make these weights, their history, and a remark for
+    every report on how the two compare.
     """
     hashes = {path.name: file_hash(path) for path in sorted(out.glob("*.safetensors"))}
     frozen = {name: meta[name] for name in ("threshold", "alarm") if name in meta}
@@ -72,6 +73,7 @@ def _text(card: Mapping[str, Any]) -> str:
         f"- **Seed** {about['seed']}, **command** `{about['command']}`, **time** {about['seconds'] / 60:.0f} minutes on"
         f" {about['device']}, {card['date']}.",
         *([f"- **History**: {about['history']}."] if about.get("history") else []),
+        *([f"- **What to compare**: {about['remark']}"] if about.get("remark") else []),
         f"- **Threshold** {card['threshold']:.3f}, the best F1 on the validation frames.", "",
         f"Scores on the {frames['test']:,} held-out frames, each exported file in its own runtime:", "",
         "| metric | " + " | ".join(scores) + " |", "| --- |" + " --- |" * len(scores), *rows, "",

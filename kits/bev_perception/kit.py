@@ -168,6 +168,12 @@ class BevPerception:
         """One graph: cameras, motion and memory to boxes and memory."""
         return (Graph("detector", example_inputs(self.config), OUTPUTS),)
 
+    def remarks(self, data: Path | None, weights: Path | None) -> Sequence[str]:
+        """What the model card says of how the shipped detectors compare, where they are what is judged."""
+        card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
+        told = card["about"].get("remark") if weights is None else None
+        return (told,) if told else ()
+
     def report_split(self, data: Path | None) -> str:
         """ "test", or nuScenes' own "val" where a folder has no test split: no choice of the kit looks at it there."""
         return "test"

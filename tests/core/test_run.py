@@ -222,6 +222,23 @@ def test_resuming_a_finished_run_changes_nothing(out: Path) -> None:
     assert stored(out)["figures"] == before["figures"]
 
 
+def test_what_a_resumed_run_takes_over_keeps_its_machine_and_date(out: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(out, tmp_path / "run")
+    made = json.loads((folder / "made.json").read_text())
+    assert made["scores"].keys() == {"device", "date"} and made.keys() >= {"scores", "timing", "compare"}
+    there = {"device": "this-host: another, 9 cores", "date": "2020-02-02"}
+    (folder / "made.json").write_text(json.dumps({**made, "scores": there, "timing": there}))
+    a_run(folder, WithBaseline(), resume=True)()
+    basis = {f["name"]: f["basis"] for f in stored(folder)["figures"] if f["basis"]["kind"] == "measured"}
+    for name in ("accuracy_loss", "speedup", "fps", "end_to_end_p50"):
+        assert {k: basis[name][k] for k in there} == there, name
+    (folder / "stage-scores.json").unlink()
+    a_run(folder, WithBaseline(), resume=True)()
+    basis = {f["name"]: f["basis"] for f in stored(folder)["figures"] if f["basis"]["kind"] == "measured"}
+    assert {k: basis["accuracy_loss"][k] for k in there} == made["scores"], "what ran anew is of here"
+    assert {k: basis["speedup"][k] for k in there} == there
+
+
 @pytest.mark.parametrize(
     ("changed", "what"),
     [

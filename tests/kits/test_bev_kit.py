@@ -162,3 +162,14 @@ def test_the_card_says_what_a_card_must(kit: BevPerception, folder: Path, tmp_pa
     (tmp_path / "int8.safetensors").rename(tmp_path / "whole.safetensors")
     write_card(tmp_path, [], {"threshold": 0.3}, scores, about)
     assert "`whole.safetensors` what the recipe `whole` made" in (tmp_path / "README.md").read_text()
+
+
+def test_what_the_card_remarks_stands_in_every_report_of_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = BevPerception().remarks(None, None)
+    assert len(shown) == 1 and "120 scenes" in shown[0] and "no gift of compression" in shown[0]
+    assert BevPerception().remarks(None, tmp_path) == (), "of other weights the card says nothing"
+    monkeypatch.setattr("kits.bev_perception.kit.WEIGHTS", tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({"about": {}}))
+    assert BevPerception().remarks(None, None) == ()
