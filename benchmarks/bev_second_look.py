@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from core.cache import cache_folder
 from core.evaluation.measure import device, runtime_title
 from core.export import Artifact
 from core.figures import today
 from core.files import write_text
 from kits.bev_perception.acceptance import observed, verdict
-from kits.bev_perception.data.default import LARGE
+from kits.bev_perception.data.default import LARGE, kept_world
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
-from kits.bev_perception.data.world import generate, generate_world
 from kits.bev_perception.dynamic import Dynamic, Policy
 from kits.bev_perception.metrics.truth import read_events
 from kits.bev_perception.model.configs import NANO
@@ -48,12 +43,8 @@ class Replaces(Dynamic):
 
 def streets() -> list[Keyframe]:
     """The scenes, each from its start to `AFTER` seconds past its obstacle."""
-    place = cache_folder(f"bev_perception-sudden-{SCENES}", [Path(generate.__file__)])
-    if not place.is_dir():
-        with tempfile.TemporaryDirectory(dir=place.parent) as work:
-            how: dict[str, Any] = {**LARGE, "scenes": SCENES, "seed": SEED, "paired": "none", "event_share": 1.0}
-            os.replace(generate_world(Path(work) / "set", **how, val_share=0.0), place)
-    data = NuScenes(place)
+    how = {**LARGE, "scenes": SCENES, "seed": SEED, "paired": "none", "event_share": 1.0}
+    data = NuScenes(kept_world(f"bev_perception-sudden-{SCENES}", how))
     appears = {event.scene: event.timestamp for event in read_events(data)}
     samples = keyframes(data, data.split("all"))
     return [k for k in samples if k.sample.timestamp <= appears.get(k.scene, -1) + AFTER * 1e6]

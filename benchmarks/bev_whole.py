@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,17 +28,15 @@ import cv2
 import torch
 from accelerate import Accelerator
 
-from core.cache import cache_folder
 from core.compress import compress, history, replay
 from core.files import read_object, write_text
 from core.kit import Context, Recipe
 from core.weights import load_weights, save_weights, state_hash
 from kits.bev_perception import shipped
 from kits.bev_perception.acceptance import observed, verdict
-from kits.bev_perception.data.default import LARGE
+from kits.bev_perception.data.default import LARGE, kept_world
 from kits.bev_perception.data.keyframes import Keyframe, keyframes
 from kits.bev_perception.data.nuscenes import NuScenes
-from kits.bev_perception.data.world import generate, generate_world
 from kits.bev_perception.distil import FollowOriginal, follow
 from kits.bev_perception.kit import BevPerception
 from kits.bev_perception.model.configs import NANO
@@ -57,12 +54,8 @@ def more_scenes(count: int) -> Sequence[Keyframe]:
 
     Made once, a frame in a fifth to half a second on two cores, and kept in the cache.
     """
-    place = cache_folder(f"bev_perception-more-{count}", [Path(generate.__file__)])
-    if not place.is_dir():
-        with tempfile.TemporaryDirectory(dir=place.parent) as work:
-            how: dict[str, Any] = {**LARGE, "scenes": count, "seed": SEED, "paired": "none", "event_share": 0.5}
-            os.replace(generate_world(Path(work) / "set", **how, val_share=0.0), place)
-    data = NuScenes(place)
+    how = {**LARGE, "scenes": count, "seed": SEED, "paired": "none", "event_share": 0.5}
+    data = NuScenes(kept_world(f"bev_perception-more-{count}", how))
     return keyframes(data, data.split("all"))
 
 
@@ -91,7 +84,8 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    rank, alone = int(os.environ.get("RANK", "0")), Accelerator()
+    alone = Accelerator()
+    rank = alone.process_index
     kit = BevPerception()
     original = kit.model()
     about = read_object(given.weights / f"{NAME}.json", "take it from the repository")

@@ -29,9 +29,9 @@ from core.report import Report, judge, read_json
 
 THREADS = min(2, len(available_cores()))
 SECONDS = {"smoke": 6.0, "full": 30.0}
+"""How long the side-by-side timing runs."""
 MADE = "made.json"
 """In a run's folder: where and when each stage ran."""
-"""How long the side-by-side timing runs."""
 
 
 @dataclass(frozen=True)

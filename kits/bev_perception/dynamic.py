@@ -94,7 +94,7 @@ class Dynamic(nn.Module):
     """Called as `BEVFormer.forward` for one frame after the other; `small` and `large` share the form of the memory.
 
     A frame without history begins a new scene: then there is nothing to compare with, and it is seen as it comes. The
-    memory stays the small one's, so that what is looked at again changes no later alarm.
+    memory stays the small one's: a second look changes later alarms only by what is then no longer new.
     """
 
     def __init__(self, small: nn.Module, large: nn.Module, config: Config, policy: Policy | None = None) -> None:

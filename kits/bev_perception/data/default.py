@@ -40,11 +40,16 @@ def default_set(split: str, preset: str) -> Path:
     """
     if split not in SETS[preset]:
         raise InputError(f"split {split!r}: the generated set has {', '.join(SETS[preset])}")
+    return kept_world(f"bev_perception-{preset}-{split}", SETS[preset][split])
+
+
+def kept_world(name: str, arguments: Mapping[str, Any]) -> Path:
+    """The folder of a world of these arguments of `generate_world`, one split; made once and kept under its name."""
     sources = [Path(__file__), *sorted(Path(str(generate.__file__)).parent.glob("*.py"))]
-    place = cache_folder(f"bev_perception-{preset}-{split}", sources)
+    place = cache_folder(name, sources)
     if not place.is_dir():
         with tempfile.TemporaryDirectory(dir=place.parent) as work:
-            made = generate_world(Path(work) / "set", **{"val_share": 0.0, **SETS[preset][split]})
+            made = generate_world(Path(work) / "set", **{"val_share": 0.0, **arguments})
             if not place.exists():
                 os.replace(made, place)
     return place
