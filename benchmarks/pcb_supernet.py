@@ -1,7 +1,7 @@
 """The stored supernet of pcb_inspection trained on, for choices that its space did not hold when it was trained.
 
-    python benchmarks/pcb_supernet.py --data DIR --weights benchmarks/weights/pcb_supernet.safetensors --out OUT
-        [--epochs 8]
+    python benchmarks/pcb_supernet.py [--data DIR] --weights benchmarks/weights/pcb_supernet.safetensors
+        --out OUT [--epochs 8]
 
 One phase with everything free, as `fitkit search pcb_inspection` ends its own training with. Leaves
 `supernet.safetensors` in --out, from which `fitkit search pcb_inspection --out OUT --resume` goes on. Killed, it goes

@@ -1,6 +1,6 @@
 """A searched detector of pcb_inspection trained on with boards of the generator that are drawn anew every epoch.
 
-    python benchmarks/pcb_winner.py --data DIR --weights benchmarks/weights/pcb_searched --out OUT
+    python benchmarks/pcb_winner.py [--data DIR] --weights benchmarks/weights/pcb_searched --out OUT
         [--epochs 48] [--lr 1e-3] [--fresh 320] [--seed 0] [--expert benchmarks/weights/pcb_expert]
 
 It goes on towards the annotations and towards the detector that ships, or the mean of that and of --expert, looked at
@@ -29,7 +29,7 @@ WEIGHTS = "fp32.safetensors"
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, required=True)
+    options.add_argument("--data", type=Path)
     options.add_argument("--weights", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--epochs", type=int, default=48)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.evaluation.detection import mean_average_precision
-from core.train import Fit, Schedule, bfloat16, fit
+from core.train import Fit, Schedule, bfloat16, faster_in_bfloat16, fit
 from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, drawn
 from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.model.decode import decode
@@ -76,17 +78,19 @@ def train_detector(
     torch.manual_seed(schedule.seed)
     # channels last: 0.20 against 0.23 s a step of 8 crops on two cores
     model = (start or PairDetector()).to(memory_format=torch.channels_last)
+    larger = [each.to(memory_format=torch.channels_last) for each in larger]
     size = model.design.size
     validation = [seen_at(pair, size) for pair in validation]
     count = fresh or drawn_beside(len(train))
     same = [] if fresh else drawn(count, schedule.seed)
     steps = max(1, (len(train) + count) * EACH // schedule.batch_size)
+    fast = _faster_in_bfloat16(model, larger, train, schedule)
 
     def batches(epoch: int) -> Iterable[dict[str, Any]]:
         ready = [*train, *(drawn(count, schedule.seed, epoch) if fresh else same)]
         cut = training_batches(ready, schedule.batch_size, steps, schedule.seed, epoch, teacher)
         for batch in cut if view is None else view.shown(cut, np.random.default_rng((schedule.seed, epoch))):
-            taught_too = {**batch, "taught": told(larger, batch["images"], view)} if larger else batch
+            taught_too = {**batch, "taught": told(larger, batch["images"], view, fast)} if larger else batch
             yield resized(taught_too, size)
 
     def validate(network: nn.Module) -> float:
@@ -95,7 +99,7 @@ def train_detector(
     trained = fit(
         model,
         batches,
-        fast_loss,
+        partial(fast_loss, fast=fast),
         schedule,
         steps_per_epoch=steps,
         folder=folder,
@@ -105,6 +109,20 @@ def train_detector(
     )
     trained.model.to(memory_format=torch.contiguous_format)  # as safetensors stores it
     return trained
+
+
+def _faster_in_bfloat16(
+    model: nn.Module, larger: Sequence[nn.Module], train: Sequence[Ready], schedule: Schedule
+) -> bool:
+    """Whether this device trains the network faster in bfloat16, its larger ones' answers included."""
+    tried = copy.deepcopy(model).train()  # its norms' statistics stay out of the training
+    batch = next(training_batches(train, schedule.batch_size, 1, schedule.seed, 0))
+
+    def step(fast: bool) -> None:
+        taught_too = {**batch, "taught": told(larger, batch["images"], fast=fast)} if larger else batch
+        fast_loss(tried, taught_too, fast).backward()
+
+    return faster_in_bfloat16(step, batch["images"].device)
 
 
 def drawn_beside(pairs: int) -> int:
@@ -152,10 +170,10 @@ def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return _lost(logits, distances, batch)
 
 
-def fast_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def fast_loss(model: nn.Module, batch: dict[str, Any], fast: bool = True) -> Tensor:
     """The same with the network as in `core.train.bfloat16`: for trainings of its own, not for quantized ones."""
     images = batch["images"]
-    with bfloat16(images.device):
+    with bfloat16(images.device, fast):
         logits, distances = model(images)
     return _lost(logits.float(), distances.float(), batch)
 
@@ -178,12 +196,12 @@ def taught(teacher: Teacher, batch: Sequence[Crop]) -> Tensor:
 
 
 @torch.no_grad()
-def told(larger: Sequence[nn.Module], images: Tensor, view: View | None = None) -> Tensor:
+def told(larger: Sequence[nn.Module], images: Tensor, view: View | None = None, fast: bool = True) -> Tensor:
     """What an ensemble says of pairs (N, 4, H, W): the mean of its class probabilities (N, 6, H / 8, W / 8).
 
     Of the classes that a `view` leaves out it says nothing.
     """
-    with bfloat16(images.device):
+    with bfloat16(images.device, fast):
         said = [detector.eval()(images)[0].float().sigmoid() for detector in larger]
     mean = torch.stack(said).mean(0)
     if view is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core import train
 from core.kit import InputError
-from core.train import Schedule, fit
+from core.train import Schedule, bfloat16, faster_in_bfloat16, fit
 from tests.core.training import (
     PLAIN,
     STEPS,
@@ -201,3 +203,35 @@ def batch_threads() -> list[threading.Thread]:
 def test_an_epoch_without_batches_is_refused() -> None:
     with pytest.raises(InputError, match="epoch 0 brought no batch"):
         fit(linear(), lambda epoch: [], squared, PLAIN, steps_per_epoch=STEPS)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_bfloat16_is_for_steps_that_it_makes_faster(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_multiplies_bfloat16", lambda device: True)
+    seen: list[bool] = []
+
+    def step(fast: bool) -> None:
+        seen.append(fast)
+        time.sleep(0.01 if fast is slow else 0.0)
+
+    assert faster_in_bfloat16(step, torch.device("cpu"), rounds=2) is not slow
+    assert seen == [True, False] * 3, "in turns, the first of each to warm up"
+
+
+def test_bfloat16_is_not_tried_where_nothing_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_multiplies_bfloat16", lambda device: False)
+
+    def step(fast: bool) -> None:
+        raise AssertionError("nothing to choose from")
+
+    assert not faster_in_bfloat16(step, torch.device("cpu"))
+    with bfloat16(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bfloat16_only_if_wanted(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_multiplies_bfloat16", lambda device: True)
+    with bfloat16(torch.device("cpu"), wanted):
+        made = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert made.dtype == (torch.bfloat16 if wanted else torch.float32)

@@ -209,9 +209,9 @@ def test_a_detector_follows_larger_ones(tmp_path: Path, monkeypatch: pytest.Monk
     asked: list[int] = []
     said = training.told
 
-    def told(larger: Any, images: torch.Tensor, view: Any = None) -> torch.Tensor:
+    def told(larger: Any, *others: Any, **named: Any) -> torch.Tensor:
         asked.append(len(larger))
-        return said(larger, images, view)
+        return said(larger, *others, **named)
 
     monkeypatch.setattr(training, "told", told)
     schedule = training.Schedule(epochs=1, batch_size=2, lr=1e-3)
