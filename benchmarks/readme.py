@@ -111,15 +111,18 @@ def markdown_second_look(found: dict[str, Any]) -> str:
 
 
 def markdown_yolo(found: dict[str, Any]) -> str:
-    """What `examples/prune_yolo.py` left of a YOLO: before and after, each exported file in OpenVINO."""
+    """What `examples/prune_yolo.py` left of a YOLO, beside that YOLO before and trained on whole, in OpenVINO."""
     head = ("YOLO", "parameters", "GMAC", "MB", "mAP50 [%]", "mAP50-95 [%]", "p50 [ms]", "energy [mJ], estimated")
     lines = ["| " + " | ".join(head) + " |", "|:--" + "|--:" * (len(head) - 1) + "|"]
     times = {t["name"]: t["p50"] for t in found["timing"]["timings"]}
-    for name in ("before", "after"):
+    named = {"before": "before", "control": "before, trained on for as many epochs", "after": "pruned and trained on"}
+    for name, title in named.items():
+        if name not in found:
+            continue
         row = found[name]
         cells = [f"{row['parameters']:,}", f"{row['macs'] / 1e9:.2f}", f"{row['megabytes']:.2f}", f"{row['map50']:.2f}",
                  f"{row['map5095']:.2f}", f"{times[name]:.2f}", f"~{row['energy_mj_estimated']:.0f}"]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     low, high = found["speedup_interval"]
     lines += [
         "",

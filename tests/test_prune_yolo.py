@@ -42,12 +42,14 @@ def test_a_yolo_loses_channels_is_trained_on_and_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     weights = tmp_path / "runs" / "train" / "weights" / "best.pt"
     words = ["--weights", weights, "--data", table, "--out", tmp_path / "out", "--rounds", "1", "--epochs", "1",
-             "--imgsz", "96", "--batch", "8", "--images", "8"]  # fmt: skip
+             "--imgsz", "96", "--batch", "8", "--images", "8", "--control", "--ratio", "0.45"]  # fmt: skip
     found = ran(*words)
     assert found.returncode == 0, found.stderr
     report: dict[str, Any] = json.loads((tmp_path / "out" / "yolo.json").read_text())
     assert report["macs_gone"] == pytest.approx(45, abs=2)
-    before, after = report["before"], report["after"]
+    before, control, after = report["before"], report["control"], report["after"]
+    assert control["macs"] == before["macs"] and control["parameters"] == before["parameters"]
+    assert (tmp_path / "out" / "control.pt").stat().st_size != weights.stat().st_size
     assert after["parameters"] < 0.7 * before["parameters"] and after["megabytes"] < 0.8 * before["megabytes"]
     assert 0 < after["energy_mj_estimated"] < before["energy_mj_estimated"] and report["speedup"] > 0
     trained = (tmp_path / "out" / "round1" / "weights" / "last.pt").stat().st_mtime_ns
