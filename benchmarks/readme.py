@@ -110,6 +110,17 @@ def markdown_second_look(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_scan(found: dict[str, Any]) -> str:
+    """What a large scan takes, always dense and gated; the seconds of every round."""
+    lines = ["| scan | way | seconds | detections | peak [MB] |", "|:--|:--|--:|--:|--:|"]
+    for scan in found["scans"]:
+        for way, row in scan["ways"].items():
+            seconds = ", ".join(f"{value:.2f}" for value in row["seconds"])
+            lines.append(f"| {scan['scan']} | {way} | {seconds} | {row['detections']:,} | {max(row['peak_mb'])} |")
+    lines += ["", f"{found['what']}; {found['device']}, {found['software']}; decoding is not counted."]
+    return "\n".join(lines)
+
+
 def markdown_yolo(found: dict[str, Any]) -> str:
     """What `examples/prune_yolo.py` left of a YOLO, beside that YOLO before and trained on whole, in OpenVINO."""
     head = ("YOLO", "parameters", "GMAC", "MB", "mAP50 [%]", "mAP50-95 [%]", "p50 [ms]", "energy [mJ], estimated")
@@ -152,6 +163,8 @@ def rendered() -> dict[Path, str]:
             text = replace_block(text, f"{path.parent.name}-tiny", markdown_tiny(read_json(tiny)))
         if (pruned := reports / "yolo-pruned.json").is_file():
             text = replace_block(text, f"{path.parent.name}-yolo", markdown_yolo(read_json(pruned)))
+        if (scan := reports / "scan.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-scan", markdown_scan(read_json(scan)))
         for name in ("searched",):
             if (judged := reports / f"{name}.json").is_file():
                 text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))

@@ -288,6 +288,14 @@ class PcbInspection:
             gated, dense = (studied[name].metrics for name in ("crops however many", "always dense"))
             lost = {f"gated_{name}_loss": dense[name] - gated[name] for name in ("official_ap", "recall_right")}
             figures |= Figures(Figure(name, value, "points", basis, "compressed") for name, value in lost.items())
+        if preset == "full" and origin is not None:
+            from kits.pcb_inspection.scan import panel  # a program as well, which the kit must not have loaded first
+
+            took = panel(artifact, origin.variant, 2, samples)
+            note = f"{len(samples)} boards side by side, {took.tiles} tiles, decoding not counted"
+            once = Measured(device(), software, 1, None, artifact.sha256, note=note)
+            spent = {"scan_seconds": (took.seconds, "s"), "scan_memory": (took.peak, "MB")}
+            figures |= Figures(Figure(name, *value, once, "compressed") for name, value in spent.items())
         return figures, tables
 
     def pictures(self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]) -> list[dict[str, Any]]:

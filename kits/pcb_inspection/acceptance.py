@@ -51,6 +51,8 @@ GATES: tuple[Gate, ...] = (
     Gate("loss by conditional compute", "gated_official_ap_loss", "<= 0.1", "points"),
     Gate("speed end to end", "fps", ">= 120", "1/s", device="this-host"),
     Gate("speed against YOLOv8n FP32", "speedup_yolov8n", ">= 6", "x", device="this-host"),
+    Gate("scan of 16,384 x 16,384 px", "scan_seconds", "<= 8", "s", device="this-host"),
+    Gate("memory of that scan", "scan_memory", "<= 1000", "MB", device="this-host"),
     Gate("power", "power", "<= 1.0", "W", device="edge-1w"),
 )
 
