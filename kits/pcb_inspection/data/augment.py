@@ -113,7 +113,7 @@ def _cut(pair: Ready, size: int, rng: np.random.Generator) -> Crop:
     boxes, labels = _visible(pair, left, top, window, test, pair.template[here])
     if window != size:
         test, template = (_resize(image, size) for image in (test, template))
-        boxes = boxes * (size / window)
+        boxes = (boxes * (size / window)).clip(0, size)
     return Crop(test, template, boxes.astype(np.float32), labels)
 
 
