@@ -29,6 +29,8 @@ COCO_THRESHOLDS: tuple[float, ...] = tuple(round(0.5 + 0.05 * i, 2) for i in ran
 
 _COCO_RECALLS = np.linspace(0, 1, 101)
 _BLOCK = 64  # boxes that suppress others at a time
+_MANY = 1024  # boxes from which those that lie apart are not compared
+_CROWD = 32  # pairs a box from which blocks, which forget what went, do less
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> Floats:
@@ -48,16 +50,18 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, limit:
 
     `boxes` (n, 4), `scores` (n,). A box goes when it overlaps a kept, more confident one by more than
     `iou_threshold`; of equal scores the earlier index wins. At most `limit` are kept. Memory stays
-    bounded at any n, so that the detections of a whole scan can be merged.
+    bounded at any n, and boxes that lie apart are not compared, so that the detections of a whole scan can be merged.
     """
     rest = np.argsort(-np.asarray(scores), kind="stable")
     columns = np.ascontiguousarray(np.asarray(boxes, dtype=np.float32).reshape(-1, 4).T)
+    if len(rest) > _MANY and (alive := _alive(columns[:, rest], iou_threshold)) is not None:
+        return rest[alive][:limit]
     kept: list[int] = []
     # Block by block in falling confidence: what a block takes away is not compared again, memory stays
     # O(block x n), and small matrices stay in the cache.
     while len(rest) and (limit is None or len(kept) < limit):
         ranked, count = columns[:, rest], min(_BLOCK, len(rest))
-        conflict = _conflicts(ranked[:, :count], ranked, iou_threshold)
+        conflict = _conflicts(ranked[:, :count, None], ranked[:, None], iou_threshold)
         np.fill_diagonal(conflict, False)
         alive = np.ones(len(rest), dtype=bool)
         for i in np.flatnonzero(conflict.any(axis=1)):
@@ -68,18 +72,63 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, limit:
     return np.asarray(kept[:limit], dtype=np.intp)
 
 
+def _alive(columns: np.ndarray, threshold: float) -> Bools | None:
+    """Which of many boxes, columns (4, n) in falling confidence, stay; None where they are so crowded that blocks do less."""
+    pairs = overlapping(columns.T, _CROWD * columns.shape[1])
+    if pairs is None:
+        return None
+    one, other = pairs
+    hit = _conflicts(columns[:, one], columns[:, other], threshold)
+    order = np.argsort(one[hit], kind="stable")
+    stronger, starts = np.unique(one[hit][order], return_index=True)
+    alive = np.ones(columns.shape[1], dtype=bool)
+    for box, weaker in zip(stronger, np.split(other[hit][order], starts[1:])):
+        if alive[box]:
+            alive[weaker] = False
+    return alive
+
+
+def overlapping(boxes: np.ndarray, most: int | None = None) -> tuple[Ints, Ints] | None:
+    """The pairs i < j of boxes (n, 4) that share an area, as two arrays; None if more than `most` were to be looked at.
+
+    A sweep along x in strips along y, a few boxes high: boxes that lie apart are not compared.
+    """
+    boxes = np.asarray(boxes).reshape(-1, 4)
+    first: list[Ints] = [np.zeros(0, np.intp)]
+    second: list[Ints] = [np.zeros(0, np.intp)]
+    tops = boxes[:, 1]
+    strip = max(4 * float(np.median(boxes[:, 3] - tops)), 1.0) if len(boxes) else 1.0
+    start, end = ((side / strip).astype(np.intp) for side in (tops, boxes[:, 3]))
+    looked = 0
+    by_left = np.argsort(boxes[:, 0], kind="stable")
+    for number in np.unique(start):  # a pair meets in the strip where the lower one begins
+        here = by_left[(start[by_left] <= number) & (end[by_left] >= number)]
+        left, right = boxes[here, 0], boxes[here, 2]
+        follow = (np.searchsorted(left, right) - np.arange(1, len(here) + 1)).clip(0)
+        upto = follow.cumsum()
+        if most is not None and (looked := looked + int(upto[-1])) > most:
+            return None
+        place = np.repeat(np.arange(len(here)), follow)
+        one, other = here[place], here[place + 1 + np.arange(len(place)) - (upto - follow)[place]]
+        low, high = np.maximum(tops[one], tops[other]), np.minimum(boxes[one, 3], boxes[other, 3])
+        shared = (low < high) & (np.maximum(start[one], start[other]) == number)
+        first.append(np.minimum(one, other)[shared])
+        second.append(np.maximum(one, other)[shared])
+    return np.concatenate(first), np.concatenate(second)
+
+
 def _conflicts(a: np.ndarray, b: np.ndarray, threshold: float) -> Bools:
-    """Whether each pair of boxes given as columns (4, n), (4, m) overlaps by more than the threshold, (n, m)."""
-    width = np.minimum(a[2, :, None], b[2])
-    width -= np.maximum(a[0, :, None], b[0])
+    """Whether boxes given as columns overlap by more than the threshold: (4, ...) and (4, ...), which broadcast."""
+    width = np.minimum(a[2], b[2])
+    width -= np.maximum(a[0], b[0])
     np.maximum(width, 0, out=width)
-    inter = np.minimum(a[3, :, None], b[3])
-    inter -= np.maximum(a[1, :, None], b[1])
+    inter = np.minimum(a[3], b[3])
+    inter -= np.maximum(a[1], b[1])
     inter *= width  # a negative height leaves it at or below 0, where it overlaps nothing
     area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
     # inter > t * (area_a + area_b - inter), without a division
     share = np.float32(threshold / (1 + threshold))
-    return np.greater(inter, (area_a * share)[:, None] + area_b * share)
+    return np.greater(inter, area_a * share + area_b * share)
 
 
 def match(iou: Floats, thresholds: Sequence[float]) -> Ints:

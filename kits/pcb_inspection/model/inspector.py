@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from core.evaluation.detection import suppress
+from core.evaluation.detection import overlapping, suppress
 from core.export.artifact import origin_of
 from kits.pcb_inspection.model.decode import FLOOR, decode
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
@@ -240,22 +242,27 @@ def _joined(found: Floats, tiles: Floats, near: float) -> Floats:
     class that the other tile cut on the side facing it. A detection that lies mostly in one of another tile is a
     part of it, where it is cut or has the same class: two tiles drew one defect differently.
     """
+    if len(found) == 0:
+        return found
+    pairs = overlapping(found[:, :4])
+    assert pairs is not None
+    one, other = pairs
     cut = _cut(found, tiles, near)
-    facing = cut[:, [2, 3, 0, 1]]
     area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
-    group = np.arange(len(found))
-    for i, (x1, y1, x2, y2, _, label) in enumerate(found):
-        wide = (np.minimum(found[:, 2], x2) - np.maximum(found[:, 0], x1)).clip(0)
-        shared = wide * (np.minimum(found[:, 3], y2) - np.maximum(found[:, 1], y1)).clip(0)
-        alike = found[:, 5] == label
-        goes_on = alike & (shared > 0) & (facing & cut[i]).any(1)
-        part = (alike | cut[i].any()) & (area >= area[i]) & (shared >= _CONTAINED * area[i])
-        for other in group[(goes_on | part) & (tiles != tiles[i]).any(1)]:
-            group[group == other] = group[i]
-    whole = []
-    for number in np.unique(group):
-        parts = found[group == number]
+    shared = np.minimum(found[one, 2], found[other, 2]) - np.maximum(found[one, 0], found[other, 0])
+    shared *= np.minimum(found[one, 3], found[other, 3]) - np.maximum(found[one, 1], found[other, 1])
+    alike = found[one, 5] == found[other, 5]
+    same = alike & (cut[one] & cut[other][:, [2, 3, 0, 1]]).any(1)
+    for part, whole in ((one, other), (other, one)):
+        inside = (area[whole] >= area[part]) & (shared >= _CONTAINED * area[part])
+        same |= inside & (alike | cut[part].any(1))
+    same &= (tiles[one] != tiles[other]).any(1)
+    edges = coo_array((same[same], (one[same], other[same])), shape=(len(found), len(found)))
+    group = connected_components(edges, directed=False)[1]
+    by_group = found[np.argsort(group, kind="stable")]
+    joined = []
+    for parts in np.split(by_group, np.flatnonzero(np.diff(np.sort(group))) + 1):
         best = parts[parts[:, 4].argmax()].copy()
         best[:2], best[2:4] = parts[:, :2].min(0), parts[:, 2:4].max(0)
-        whole.append(best)
-    return np.stack(whole) if whole else found
+        joined.append(best)
+    return np.stack(joined)
