@@ -73,7 +73,7 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, limit:
 
 
 def _alive(columns: np.ndarray, threshold: float) -> Bools | None:
-    """Which of many boxes, columns (4, n) in falling confidence, stay; None where they are so crowded that blocks do less."""
+    """Which of many boxes, columns (4, n) in falling confidence, stay; None where they are too crowded for it."""
     pairs = overlapping(columns.T, _CROWD * columns.shape[1])
     if pairs is None:
         return None
