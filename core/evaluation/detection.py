@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,9 +29,8 @@ COCO_THRESHOLDS: tuple[float, ...] = tuple(round(0.5 + 0.05 * i, 2) for i in ran
 """The overlaps 0.50, 0.55 .. 0.95 that mAP50-95 is the mean over."""
 
 _COCO_RECALLS = np.linspace(0, 1, 101)
-_BLOCK = 64  # boxes that suppress others at a time
 _MANY = 1024  # boxes from which those that lie apart are not compared
-_CROWD = 32  # pairs a box from which blocks, which forget what went, do less
+_CROWD = 32  # pairs a box from which OpenCV's loop, which forgets what went, does less
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> Floats:
@@ -52,24 +52,18 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, limit:
     `iou_threshold`; of equal scores the earlier index wins. At most `limit` are kept. Memory stays
     bounded at any n, and boxes that lie apart are not compared, so that the detections of a whole scan can be merged.
     """
-    rest = np.argsort(-np.asarray(scores), kind="stable")
-    columns = np.ascontiguousarray(np.asarray(boxes, dtype=np.float32).reshape(-1, 4).T)
-    if len(rest) > _MANY and (alive := _alive(columns[:, rest], iou_threshold)) is not None:
-        return rest[alive][:limit]
-    kept: list[int] = []
-    # Block by block in falling confidence: what a block takes away is not compared again, memory stays
-    # O(block x n), and small matrices stay in the cache.
-    while len(rest) and (limit is None or len(kept) < limit):
-        ranked, count = columns[:, rest], min(_BLOCK, len(rest))
-        conflict = _conflicts(ranked[:, :count, None], ranked[:, None], iou_threshold)
-        np.fill_diagonal(conflict, False)
-        alive = np.ones(len(rest), dtype=bool)
-        for i in np.flatnonzero(conflict.any(axis=1)):
-            if alive[i]:
-                alive[i + 1 :] &= ~conflict[i, i + 1 :]
-        kept.extend(rest[:count][alive[:count]].tolist())
-        rest = rest[count:][alive[count:]]
-    return np.asarray(kept[:limit], dtype=np.intp)
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    ranked = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)[order]
+    if len(order) > _MANY and (alive := _alive(ranked.T, iou_threshold)) is not None:
+        return order[alive][:limit]
+    if len(order) == 0:
+        return order
+    corners = ranked.astype(np.float64)
+    corners[:, 2:] -= corners[:, :2]
+    # ranks for scores, so that of equal ones the earlier wins
+    ranks = np.arange(len(order), 0, -1, dtype=np.float32)
+    kept = cv2.dnn.NMSBoxes(corners, ranks, 0.0, iou_threshold)  # type: ignore[arg-type]
+    return order[np.asarray(kept, dtype=np.intp)][:limit]
 
 
 def _alive(columns: np.ndarray, threshold: float) -> Bools | None:
