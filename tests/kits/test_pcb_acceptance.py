@@ -368,6 +368,8 @@ def test_gates_are_those_of_the_issue():
         ("gated_official_ap_loss", "<= 0.1", ""),
         ("fps", ">= 120", "this-host"),
         ("speedup_yolov8n", ">= 6", "this-host"),
+        ("scan_seconds", "<= 8", "this-host"),
+        ("scan_memory", "<= 1000", "this-host"),
         ("power", "<= 1.0", "edge-1w"),
     ]
 

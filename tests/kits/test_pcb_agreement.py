@@ -48,4 +48,5 @@ def test_a_detector_agrees_with_itself_and_not_with_one_that_misses_a_class() ->
     kinds = [int(k) for pair in pairs for k in pair.labels]
     missing = max(set(kinds), key=kinds.count)
     less = agreement(detector, Less(detector, missing), pairs, meta["threshold"])
-    assert less.of == full.of and abs(less.same - (full.of - kinds.count(missing))) <= 1
+    # where one class is gone, another may be called in its place
+    assert 0 <= less.of - full.of <= 1 and abs(less.same - (full.of - kinds.count(missing))) <= 1
