@@ -28,8 +28,6 @@ FREQUENCY = np.array([1283, 1028, 1379, 1142, 1010, 1031]) / 6873  # of the clas
 LENGTH = {"mousebite": (16.5, 0.42), "spur": (17.5, 0.36), "copper": (26.0, 0.42), "pin-hole": (25.0, 0.42)}
 WIDTH = {"open": 5.5, "short": 5.5, "mousebite": 5.5, "spur": 6.0, "copper": 7.5, "pin-hole": 6.5}  # of the pen
 CORNERS = 0.08  # share of the opens that cut off a corner and not a trace
-ALONG = 0.35  # share of the opens and shorts in narrow places that follow the trace or the gap instead of crossing it
-NARROW = 12  # pixels, the widest such place
 CORNER_BITES = 0.15  # share of the mousebites and spurs that are looked for at corners
 TRIES = 40
 
@@ -180,8 +178,6 @@ class Board:
         point, normal, width = points[chosen], normals[chosen], float(widths[chosen])
         pen = float(np.clip(WIDTH[kind] * rng.lognormal(0, 0.3), 3, 16))
         style = rng.random()
-        if width <= NARROW and rng.random() < ALONG:
-            return _lengthwise(point + normal * width / 2, _turn(normal, math.pi / 2), width, rng)
         tilt = 0.0 if style < 0.25 else rng.normal(0, 0.35)
         across = _turn(normal, tilt)
         over = rng.uniform(0, 5, 2)
@@ -352,14 +348,6 @@ def _loop(point: Points, normal: Points, rng: np.random.Generator) -> Stroke:
     radii = rng.uniform(9, 20) * rng.uniform(0.85, 1.15, 9)
     path = point + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
     return Stroke.of(path, [float(rng.uniform(3, 6))] * 8)
-
-
-def _lengthwise(centre: Points, along: Points, width: float, rng: np.random.Generator) -> Stroke:
-    """A trace or a gap of `width` pixels that is gone for a length: a straight stroke along it, a little wider."""
-    half = along * float(np.clip(22 * rng.lognormal(0, 0.35), 10, 50)) / 2
-    path = _wobbly(centre - half, centre + half, rng, bend=0.0)
-    texture = _texture(rng) if rng.random() < 0.2 else None
-    return Stroke.of(path, np.linspace(width + 1, width + rng.uniform(1, 5), len(path) - 1), texture)
 
 
 def _scribble(centre: Points, length: float, rng: np.random.Generator) -> Stroke:
