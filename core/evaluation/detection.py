@@ -85,7 +85,8 @@ def _alive(columns: np.ndarray, threshold: float) -> Bools | None:
 def overlapping(boxes: np.ndarray, most: int | None = None) -> tuple[Ints, Ints] | None:
     """The pairs i < j of boxes (n, 4) that share an area, as two arrays; None if more than `most` were to be looked at.
 
-    A sweep along x in strips along y, a few boxes high: boxes that lie apart are not compared.
+    Without `most` it is never None. A sweep along x in strips along y, a few boxes high: boxes that lie apart are not
+    compared.
     """
     boxes = np.asarray(boxes).reshape(-1, 4)
     first: list[Ints] = [np.zeros(0, np.intp)]

@@ -245,7 +245,7 @@ def _joined(found: Floats, tiles: Floats, near: float) -> Floats:
     if len(found) == 0:
         return found
     pairs = overlapping(found[:, :4])
-    assert pairs is not None
+    assert pairs is not None  # without a bound there is always an answer
     one, other = pairs
     cut = _cut(found, tiles, near)
     area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
