@@ -44,14 +44,11 @@ def reshaped(
 def _openvino(path: Path, shapes: Sequence[Sequence[int]], threads: int | None, as_tuple: bool) -> nn.Module:
     import openvino
 
-    from core.export.openvino import OpenVINOModule, save_plain
+    from core.export.openvino import OpenVINOModule
 
     model = openvino.Core().read_model(path)
     model.reshape({given.any_name: list(shape) for given, shape in zip(model.inputs, shapes)})
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "reshaped.xml"
-        save_plain(model, place)
-        return OpenVINOModule(place, threads, as_tuple=as_tuple)
+    return OpenVINOModule(model, threads, as_tuple=as_tuple)
 
 
 def _onnxruntime(path: Path, shapes: Sequence[Sequence[int]], threads: int | None, as_tuple: bool) -> nn.Module:

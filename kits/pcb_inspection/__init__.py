@@ -37,7 +37,9 @@ from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.design import design_beside
 from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, shift_of
+from kits.pcb_inspection.model.naming import Names, counted
 from kits.pcb_inspection.model.network import PairDetector
+from kits.pcb_inspection.model.pair import stack
 from kits.pcb_inspection.predict import add_arguments, predict
 from kits.pcb_inspection.predictions import write_predictions
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
@@ -121,15 +123,29 @@ class PcbInspection:
             pairs = self.dataset(data, "val", preset)
         except InputError:
             return self.shipped()[1]
-        found, truths = detect(module, pairs, "validating"), {p.image_id: (p.boxes, p.labels) for p in pairs}
+        names = self._names(data, preset, input_side(module))
+        found, truths = detect(module, pairs, "validating", names), {p.image_id: (p.boxes, p.labels) for p in pairs}
         more, already = freeze_shift(found, truths), shift_of(module)
         return {
             "threshold": freeze_threshold(shifted(found, more), truths),
             "shift": [round(a + b, 2) for a, b in zip(already, more)],
+            "names": names,
             "frozen_on": f"{len(pairs)} validation boards",
             "drift": drift.reference(pairs),
             "gate": gate_on(pairs, input_side(module)),
         }
+
+    def _names(self, data: Path | None, preset: str, side: int) -> Names | None:
+        """What defects of a name do to pieces of copper, counted on training boards as a network of `side` px sees them.
+
+        Where a folder has none, what ships.
+        """
+        try:
+            pairs = self.dataset(data, "train", preset)
+        except InputError:
+            return self.shipped()[1].get("names")
+        seen = (seen_at(pair, side) for pair in prepare(pairs))
+        return counted((stack(pair.test, pair.template), pair.boxes, pair.labels) for pair in seen)
 
     def remarks(self, data: Path | None, weights: Path | None) -> Sequence[str]:
         """That the shipped detector has never seen generated boards, where those are what it is judged on."""
@@ -150,10 +166,11 @@ class PcbInspection:
     def _metrics(
         self, module: nn.Module, samples: Sequence[Pair], meta: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        found = detect(module, samples, "inspecting")
-        if origin_of(module) is None:  # an artifact moves its boxes itself
+        names = meta.get("names") if origin_of(module) is None else None
+        found = detect(module, samples, "inspecting", names)
+        if origin_of(module) is None:  # an artifact names defects and moves its boxes itself
             found = shifted(found, meta.get("shift", (0.0, 0.0)))
-        clean = detect(module, clean_boards(samples), "inspecting good boards")
+        clean = detect(module, clean_boards(samples), "inspecting good boards", names)
         truths = {p.image_id: (p.boxes, p.labels) for p in samples}
         return score_predictions(found, truths, meta["threshold"], {p.image_id: p.group for p in samples}, clean), found
 

@@ -239,7 +239,7 @@ def _detect(module: Any, image: np.ndarray) -> np.ndarray:
     """Detections (n, 6) of one image (1, 3, H, W) uint8, from YOLO's output (1, 4 + classes, cells)."""
     from core.evaluation.detection import suppress
 
-    output = module(torch.from_numpy(np.multiply(image, np.float32(1 / 255), dtype=np.float32)))
+    output = module(torch.from_numpy(image))  # the graph normalises, as ours does
     rows = output[0].numpy()
     if rows.shape[0] > rows.shape[1]:  # the end-to-end heads of YOLO26: (detections, x1 y1 x2 y2 score label)
         return rows[rows[:, 4] > FLOOR]

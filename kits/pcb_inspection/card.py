@@ -21,9 +21,9 @@ SHOWN = (
 )  # fmt: skip
 
 
-FROZEN = ("threshold", "shift", "gate", "drift")
-"""What an artifact's meta and the card of its weights share: confidence, where annotators' boxes lie, difference gate,
-and how pictures looked."""
+FROZEN = ("threshold", "shift", "names", "gate", "drift")
+"""What an artifact's meta and the card of its weights share: confidence, where annotators' boxes lie, what defects of a
+name do to copper, difference gate, and how pictures looked."""
 
 
 def write_card(

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from core.export import Artifact, reshaped
 from core.export.artifact import Origin
+from core.export.openvino import takes_bytes
 from core.kit import InputError
 from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.resolution import seen_at
 from kits.pcb_inspection.model.design import COARSEST
+from kits.pcb_inspection.model.inspector import shown_to
 from kits.pcb_inspection.model.network import CLASS_COUNT, STRIDE
 from kits.pcb_inspection.model.pair import Grey, differences
 
@@ -49,7 +51,7 @@ Place = tuple[int, int]
 
 def planes_that_differ(planes: Tensor) -> tuple[Grey, Grey]:
     """What a network's input (1, 4, S, S) says is gained and lost, each (S, S), 0 where nothing is."""
-    gained, lost = (planes[0, 2:].numpy() > 0.5).view(np.uint8)
+    gained, lost = (planes[0, 2:].numpy() > 0.5).view(np.uint8)  # of bytes as well
     return gained, lost
 
 
@@ -191,6 +193,11 @@ class Conditional(nn.Module):
         if origin is not None:
             self.origin = origin
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether the planes may be bytes, see `core.export.openvino.takes_bytes`."""
+        return takes_bytes(self.dense)
+
     def forward(self, planes: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 4, S, S) -> class logits (1, 6, h, h) and distances (1, 4, h, h), as the network's."""
         side = int(planes.shape[-1])
@@ -257,6 +264,7 @@ def crossover(dense: nn.Module, crops: Looking, side: int, repeats: int = 7) -> 
     """
     tile = torch.rand(1, 4, side, side).round()
     tile[:, 2] = 0.0  # copper is lost, and none gained, as in most crops
+    tile = shown_to(dense, (255 * tile[0]).byte().numpy())
     starts = range(0, side - CROP + 1, CROP - 2 * RIM)
     places = [(row, column) for row in starts for column in starts]
     for count in range(1, len(places) + 1):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from core.train import Fit, Schedule
 from kits.pcb_inspection import PcbInspection, training
 from kits.pcb_inspection.conditional import NOTHING, Looking, Window, freeze_gate, least_area
-from kits.pcb_inspection.data.augment import DUAL, Ready, prepare
+from kits.pcb_inspection.data.augment import Ready, prepare
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.resolution import seen_at
 from kits.pcb_inspection.model.design import Design
-from kits.pcb_inspection.model.network import CLASS_COUNT, PairDetector
+from kits.pcb_inspection.model.network import CLASS_COUNT, DUAL, PairDetector
 from kits.pcb_inspection.model.pair import differences
 
 LOST = (0, 2, 5)
@@ -34,7 +34,8 @@ DESIGN = Design(widths=(16, 32, 64, 64), deepest=16, head=32)
 
 def inverted(planes: Tensor) -> Tensor:
     """Crops (N, 4, H, W) with copper and board changed: copper gained becomes copper lost."""
-    return torch.cat((1 - planes[:, :2], planes[:, 3:4], planes[:, 2:3]), 1)
+    full = 255 if planes.dtype == torch.uint8 else 1
+    return torch.cat((full - planes[:, :2], planes[:, 3:4], planes[:, 2:3]), 1)
 
 
 class Experts:

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.evaluation.bench import bench
 from core.export import Artifact
 from core.progress import progress
 from kits.pcb_inspection.acceptance import score
-from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover, planes_that_differ
+from kits.pcb_inspection.conditional import CROP, RIM, Conditional, Place, blobs, conditional, cover
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.defects import add_defects
 from kits.pcb_inspection.inspection import clean_boards
 from kits.pcb_inspection.model.design import COARSEST
-from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, pad, to_input
+from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, pad, shown_to
 from kits.pcb_inspection.model.pair import Grey, binarise, register, stack
 from kits.pcb_inspection.model.shrink import shrink
 
@@ -101,23 +101,25 @@ def anywhere(count: int, side: int, rng: np.random.Generator) -> list[Place]:
     return [(int(a), int(b)) for a, b in starts]
 
 
-def planes_of(test: Grey, template: Grey, side: int) -> Tensor:
-    """The network's input of a board no larger than a tile, registered, for a network of `side` px."""
+def planes_of(test: Grey, template: Grey, side: int) -> Grey:
+    """The planes (4, S, S) of a board no larger than a tile, registered, for a network of `side` px."""
     board = binarise(test)
     golden = register(board, binarise(template))[0]
     if side != TILE:
         board, golden = (shrink(image, side / TILE) for image in (board, golden))
-    return to_input(pad(stack(board, golden), side, side))
+    return pad(stack(board, golden), side, side)
 
 
-def times(modules: Mapping[str, nn.Module], tiles: Sequence[Tensor], threads: int) -> dict[str, float]:
-    """Median milliseconds of the network's part over tiles, in turns."""
+def times(modules: Mapping[str, nn.Module], tiles: Sequence[Grey], threads: int) -> dict[str, float]:
+    """Median milliseconds of the network's part over tiles (4, S, S), in turns."""
 
     def through(module: nn.Module) -> Callable[[], Any]:
+        inputs = [shown_to(module, tile) for tile in tiles]
+
         def call() -> None:
             with torch.inference_mode():
-                for tile in tiles:
-                    module(tile)
+                for planes in inputs:
+                    module(planes)
 
         return call
 
@@ -135,14 +137,14 @@ def by_density(
     for density in DENSITIES:
         tiles, counts = crowded(pairs, density, side, boards), []
         for tile in tiles:
-            counts.append(_count(gated, *planes_that_differ(tile), side))
+            counts.append(_count(gated, tile[2], tile[3], side))
         spent = times({"dense": gated.dense, "gated": gated}, tiles, threads)
         rows.append((density, float(np.mean(counts)), spent["gated"], spent["dense"]))
     return rows
 
 
-def crowded(pairs: Sequence[Pair], density: int, side: int, boards: int = 6) -> list[Tensor]:
-    """The network's input of good boards with so many defects drawn into each."""
+def crowded(pairs: Sequence[Pair], density: int, side: int, boards: int = 6) -> list[Grey]:
+    """The planes (4, S, S) of good boards with so many defects drawn into each."""
     tiles = []
     for number, pair in enumerate(clean_boards(pairs)[:boards]):
         test, template = pair.load()

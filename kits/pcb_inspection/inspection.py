@@ -15,6 +15,7 @@ from core.progress import progress
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 from kits.pcb_inspection.matching import OFFICIAL_IOU
 from kits.pcb_inspection.model.inspector import inspect
+from kits.pcb_inspection.model.naming import Names
 from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import Grey
 
@@ -44,12 +45,15 @@ def clean_boards(pairs: Sequence[Pair]) -> list[Pair]:
     return [GoodBoard(p.image_id, p.group, p.test, p.template, p.boxes[:0], p.labels[:0]) for p in pairs]
 
 
-def detect(module: nn.Module, pairs: Sequence[Pair], label: str) -> dict[str, np.ndarray]:
-    """Image id -> detections (n, 6) x1 y1 x2 y2 score label, each pair taken through the whole job."""
+def detect(module: nn.Module, pairs: Sequence[Pair], label: str, names: Names | None = None) -> dict[str, np.ndarray]:
+    """Image id -> detections (n, 6) x1 y1 x2 y2 score label, each pair taken through the whole job.
+
+    `names` are an artifact's own unless they are given.
+    """
     found = {}
     with progress(label, len(pairs)) as bar:
         for pair in pairs:
-            found[pair.image_id] = inspect(module, *pair.load()).detections
+            found[pair.image_id] = inspect(module, *pair.load(), names=names).detections
             bar.advance()
     return found
 

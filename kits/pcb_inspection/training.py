@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from core.evaluation.detection import mean_average_precision
 from core.train import Fit, Schedule, bfloat16, faster_in_bfloat16, fit
-from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, drawn
+from kits.pcb_inspection.data.augment import Crop, Ready, crops, drawn
 from kits.pcb_inspection.data.resolution import resized, seen_at
 from kits.pcb_inspection.model.decode import decode
 from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.inspector import pad, to_input
 from kits.pcb_inspection.model.loss import detection_loss, response_loss
-from kits.pcb_inspection.model.network import CLASS_COUNT, PairDetector
+from kits.pcb_inspection.model.network import CLASS_COUNT, DUAL, PairDetector
 from kits.pcb_inspection.model.pair import stack
 
 Teacher = Callable[[Tensor], Tensor]

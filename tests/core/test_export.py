@@ -24,6 +24,7 @@ from core.export import openvino as openvino_module
 from core.export.artifact import companions, load_module, need_room, replacing
 from core.export.audit import audit_file, without_vnni
 from core.export.layers import Layers
+from core.export.openvino import takes_bytes
 from core.export.parity import Criterion, Reference, check, compare_layers, deviation
 from core.kit import Graph, InputError
 from core.quantization.prepare import Plan, calibrate, prepare
@@ -112,6 +113,15 @@ def test_fp32_equals_torch_at_any_batch(artifact: Artifact, net: Net, runtime: s
     assert isinstance(found, tuple) and len(found) == 2
     for a, b in zip(wanted, found, strict=True):
         torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
+
+
+def test_openvino_takes_bytes_for_their_values_over_255(artifact: Artifact) -> None:
+    module = artifact.as_module("fp32-openvino", threads=1)
+    assert takes_bytes(module) and not takes_bytes(artifact.as_module("fp32-onnxruntime", threads=1))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for given, wanted in zip(module(pixels), module(pixels.float() / 255), strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
+    assert float((module(pixels)[0] - module(pixels.float())[0]).abs().max()) > 1, "and floats for themselves"
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from kits.pcb_inspection.data import augment
-from kits.pcb_inspection.data.augment import DUAL, Crop, Ready, crops, prepare
+from kits.pcb_inspection.data.augment import Crop, Ready, crops, prepare
 from kits.pcb_inspection.data.boards import FAMILIES, draw_board, style
 from kits.pcb_inspection.data.deeppcb import CLASSES, Pair
 from kits.pcb_inspection.data.defects import add_defects
+from kits.pcb_inspection.model.network import DUAL
 from kits.pcb_inspection.model.pair import Grey, differences
 
 SIZE = 160

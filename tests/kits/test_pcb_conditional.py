@@ -249,8 +249,8 @@ def test_the_study_holds_the_gate_against_the_others(artifact: Artifact, pairs: 
 def test_a_smaller_tile_is_given_the_whole_board(pairs: list[Pair]) -> None:
     test, template = pairs[0].load()
     whole, small = (gates.planes_of(test, template, side) for side in (640, 512))
-    assert whole.shape == (1, 4, 640, 640) and small.shape == (1, 4, 512, 512)
-    copper = [float((planes[0, 1] == 0).float().mean()) for planes in (whole, small)]
+    assert whole.shape == (4, 640, 640) and small.shape == (4, 512, 512)
+    copper = [float((planes[1] == 0).mean()) for planes in (whole, small)]
     assert copper[0] == pytest.approx(copper[1], abs=0.01)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.train import Schedule
 from kits.pcb_inspection import KIT
 from kits.pcb_inspection.conditional import BATCHES, CROP, NOTHING, Conditional, Crops
-from kits.pcb_inspection.data.augment import DUAL, prepare
+from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.experts import (
     LOST,
     BothWays,
@@ -25,7 +25,7 @@ from kits.pcb_inspection.experts import (
     one_way,
     train_expert,
 )
-from kits.pcb_inspection.model.network import PairDetector
+from kits.pcb_inspection.model.network import DUAL, PairDetector
 from kits.pcb_inspection.training import told, training_batches
 
 GAINED = tuple(int(DUAL[n]) for n in LOST)

@@ -15,13 +15,10 @@ from core.progress import progress
 from kits.pcb_inspection.data.boards import FAMILIES, draw_board, style
 from kits.pcb_inspection.data.deeppcb import Pair, read_image
 from kits.pcb_inspection.data.defects import add_defects
+from kits.pcb_inspection.model.network import DUAL
 from kits.pcb_inspection.model.pair import binarise, register
 
 Grey = NDArray[np.uint8]
-
-DUAL = np.array([1, 0, 3, 2, 5, 4])
-"""The class that a defect turns into when copper and board change places: open and short, mousebite and spur, ..."""
-
 
 BLEMISHED = 0.2
 """Share of the crops whose template has a flaw that the board has not: a difference, and no defect."""

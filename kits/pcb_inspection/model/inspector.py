@@ -18,9 +18,11 @@ from torch import nn
 
 from core.evaluation.detection import overlapping, suppress
 from core.export.artifact import origin_of
-from kits.pcb_inspection.model.decode import FLOOR, decode
+from core.export.openvino import takes_bytes
+from kits.pcb_inspection.model.decode import FLOOR, decode_all
 from kits.pcb_inspection.model.decode import OVERLAP as IOU
 from kits.pcb_inspection.model.design import Design
+from kits.pcb_inspection.model.naming import Names, named
 from kits.pcb_inspection.model.packed import Packed
 from kits.pcb_inspection.model.pair import LEVEL, MAX_SHIFT, Grey, Registration, binarise, level, register, stack
 from kits.pcb_inspection.model.shrink import shrink
@@ -62,6 +64,7 @@ def inspect(
     *,
     floor: float = FLOOR,
     scale: float = 1.0,
+    names: Names | None = None,
     on_tile: Callable[[], None] | None = None,
 ) -> Inspection:
     """Find the defects of a tested image against its template, both grey uint8 (H, W) of any size, or packed.
@@ -70,7 +73,9 @@ def inspect(
     in its part of the image; what two tiles both claim, within 8 px of a seam, is suppressed, and the
     parts of a defect that no tile shows whole are joined. `scale` is the network's resolution over the
     image's; tiles are resized one at a time, so that beyond the images themselves memory stays that of a tile.
+    `names` is what `naming.counted` gave, by default that of the module's artifact.
     """
+    names = names_of(module) if names is None else names
     levels = _level(test), _level(template)
     sure: list[Floats] = []
     doubtful: list[Floats] = []  # near a seam, where another tile may have seen the same
@@ -84,7 +89,7 @@ def inspect(
     def look(module: nn.Module, place: _Place) -> tuple[Floats, Registration]:
         top, bottom, _, left, right, _ = place
         here = np.s_[top:bottom, left:right]
-        return _inspect_tile(module, test[here], template[here], levels, scale, side, floor)
+        return _inspect_tile(module, test[here], template[here], levels, scale, side, floor, names)
 
     for place, (part, registration) in zip(places, _each(module, look, places)):
         top, bottom, rows, left, right, columns = place
@@ -159,6 +164,12 @@ def shift_of(module: nn.Module) -> tuple[float, float]:
     return float(x), float(y)
 
 
+def names_of(module: nn.Module) -> Names | None:
+    """What an artifact knows of names, see `naming.counted`: counted on training boards."""
+    origin = origin_of(module)
+    return origin.artifact.meta.get("names") if origin is not None else None
+
+
 def tile_count(height: int, width: int, scale: float = 1.0) -> int:
     """How many tiles an image is cut into."""
     return sum(1 for _ in spans(height, scale)) * sum(1 for _ in spans(width, scale))
@@ -178,7 +189,14 @@ def spans(length: int, scale: float = 1.0) -> Iterator[tuple[int, int, tuple[flo
 
 
 def _inspect_tile(
-    module: nn.Module, test: Grey, template: Grey, levels: tuple[int, int], scale: float, side: int, floor: float
+    module: nn.Module,
+    test: Grey,
+    template: Grey,
+    levels: tuple[int, int],
+    scale: float,
+    side: int,
+    floor: float,
+    names: Names | None,
 ) -> tuple[Floats, Registration]:
     """The detections of one tile in its own pixels, and how the template was registered."""
     size = np.array(test.shape[::-1] * 2, np.float32)
@@ -191,8 +209,10 @@ def _inspect_tile(
     height, width = test.shape
     planes = pad(stack(test, template), side, side)
     with torch.inference_mode():
-        logits, distances = module(to_input(planes))
-    found = decode(logits[0].numpy(), distances[0].numpy(), floor)
+        logits, distances = module(shown_to(module, planes))
+    found, said = decode_all(logits[0].numpy(), distances[0].numpy(), floor)
+    if names is not None:
+        found = named(found, said, planes, names)
     inside = np.array([width, height, width, height], np.float32)
     found[:, :4] = found[:, :4].clip(0, inside)
     found = found[(found[:, 2] - found[:, 0] >= 1) & (found[:, 3] - found[:, 1] >= 1)]
@@ -208,6 +228,11 @@ def pad(planes: Grey, height: int, width: int) -> Grey:
     padded[:2] = 255
     padded[:, : planes.shape[1], : planes.shape[2]] = planes
     return padded
+
+
+def shown_to(module: nn.Module, planes: Grey) -> torch.Tensor:
+    """Planes (4, H, W) as a module takes them, (1, 4, H, W): in bytes where it can, which spares 1 ms a tile."""
+    return torch.from_numpy(planes)[None] if takes_bytes(module) else to_input(planes)
 
 
 def to_input(planes: Grey) -> torch.Tensor:

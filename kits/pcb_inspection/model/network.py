@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from kits.pcb_inspection.model.design import BY_HAND, COARSEST, Design
 STRIDE = 8
 """Of the head's cells."""
 CLASS_COUNT = 6
+DUAL = np.array([1, 0, 3, 2, 5, 4])
+"""The class that a defect turns into when copper and board change places: open and short, mousebite and spur, ..."""
 PRIOR = 0.01
 """Score of every cell before training, so that the first steps are not spent on the background."""
 
