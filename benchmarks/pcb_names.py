@@ -1,6 +1,6 @@
 """Names on board designs that a detector has never seen: one trained for each design of the training boards without it.
 
-    python benchmarks/pcb_names.py --data DIR --out OUT [--weights benchmarks/weights/pcb_searched] [--epochs 8]
+    python benchmarks/pcb_names.py [--data DIR] --out OUT [--weights benchmarks/weights/pcb_searched] [--epochs 8]
 
 Each is of the design beside --weights, trained from random weights on the other designs and on new boards of the
 generator, and judged on its own, which no choice was made on: with the network's names alone, and with what a
@@ -34,7 +34,7 @@ from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
 from kits.pcb_inspection.model.decode import decode_all
 from kits.pcb_inspection.model.design import FILE, Design, load_design
 from kits.pcb_inspection.model.inspector import pad, to_input
-from kits.pcb_inspection.model.naming import WEIGHT, Names, counted, named, state_of
+from kits.pcb_inspection.model.naming import Names, counted, named, told
 from kits.pcb_inspection.model.network import PairDetector
 from kits.pcb_inspection.model.pair import stack
 
@@ -47,7 +47,7 @@ SEED = 5
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, required=True)
+    options.add_argument("--data", type=Path)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--weights", type=Path, default=Path("benchmarks/weights/pcb_searched"))
     options.add_argument("--epochs", type=int, default=8)
@@ -62,7 +62,7 @@ def main() -> None:
         rows.append(judged(without, [pair for pair in train if pair.group == group], names_of(others, design.size)))
     every = sum(row["defects"] for row in rows)
     found = {
-        "designs": rows, "epochs": given.epochs, "weight": WEIGHT, "defects": every, "device": device(),
+        "designs": rows, "epochs": given.epochs, "defects": every, "device": device(),
         "date": today(),
     }  # fmt: skip
     write_text(given.out / "names.json", json.dumps(found, indent=1) + "\n")
@@ -104,8 +104,7 @@ def judged(detector: PairDetector, pairs: Sequence[Ready], names: Names) -> dict
             logits, distances = detector(to_input(planes))
             found, said = decode_all(logits[0].numpy(), distances[0].numpy())
             ways["alone"][pair.image_id], ways["with"][pair.image_id] = found, named(found, said, planes, names)
-            states = [state_of(planes, box) for box in pair.boxes]
-            alone += int((np.asarray(names)[states].argmax(1) == pair.labels).sum()) if states else 0
+            alone += sum(told(planes, box, names).argmax() == label for box, label in zip(pair.boxes, pair.labels))
             bar.advance()
     truths = {pair.image_id: (pair.boxes, pair.labels) for pair in (seen_at(p, detector.design.size) for p in pairs)}
     defects = sum(len(pair.labels) for pair in pairs)
@@ -114,7 +113,7 @@ def judged(detector: PairDetector, pairs: Sequence[Ready], names: Names) -> dict
         moved = shifted(predictions, freeze_shift(predictions, truths))
         metrics = score(moved, truths, freeze_threshold(moved, truths), {p.image_id: p.group for p in pairs}).figures()
         row[way] = {key: metrics[key][0] for key in SHOWN}
-    return {**row, "pieces": 100 * alone / defects}
+    return {**row, "pieces": 100 * int(alone) / defects}
 
 
 def markdown(found: dict[str, Any]) -> str:

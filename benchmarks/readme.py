@@ -154,7 +154,7 @@ def rendered() -> dict[Path, str]:
             report = read_json(ROOT / "benchmarks" / "reports" / kit / "report.json")
             text = replace_block(text, kit, "\n\n".join(part(report) for part in parts))
         reports = ROOT / "benchmarks" / "reports" / path.parent.name
-        for name in ("tools", "experts", "table"):
+        for name in ("tools", "experts", "table", "names"):
             if (told := reports / f"{name}.md").is_file():
                 text = replace_block(text, f"{path.parent.name}-{name}", told.read_text(encoding="utf-8"))
         if kept := sorted(reports.glob("recipe-*.json")):

@@ -136,7 +136,7 @@ class PcbInspection:
         }
 
     def _names(self, data: Path | None, preset: str, side: int) -> Names | None:
-        """What defects of a name do to pieces of copper, counted on training boards as a network of `side` px sees them.
+        """What defects of a name do to pieces of copper, counted on training boards for a network of `side` px.
 
         Where a folder has none, what ships.
         """

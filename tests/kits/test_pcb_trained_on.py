@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pcb_supernet, pcb_winner
+from benchmarks import pcb_names, pcb_supernet, pcb_winner
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import training
 from kits.pcb_inspection.model.design import BY_HAND, FILE, load_design, save_design
@@ -70,3 +70,25 @@ def test_a_supernet_is_trained_on(quick: None, tmp_path: Path, monkeypatch: pyte
     after = Supernet()
     load_weights(after, out / "supernet.safetensors")
     assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), after.parameters(), strict=True))
+
+
+def test_names_are_judged_on_designs_that_a_detector_has_not_seen(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    save_design(replace(BY_HAND, widths=(8, 16, 16, 16), head=16), tmp_path / FILE)
+    seen: list[set[str]] = []
+    train = training.train_detector
+    monkeypatch.setattr(
+        training, "train_detector", lambda *a, **k: seen.append({pair.group for pair in a[0]}) or train(*a, **k)
+    )
+    command = ["pcb_names.py", "--out", str(tmp_path / "out"), "--weights", str(tmp_path), "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--preset", "smoke"])
+    pcb_names.main()
+    found = json.loads((tmp_path / "out" / "names.json").read_text())
+    designs = [row["design"] for row in found["designs"]]
+    assert len(designs) > 1 and [set(designs) - groups for groups in seen] == [{name} for name in designs]
+    assert all(row["pieces"] > 90 for row in found["designs"]), "drawn defects are what their names say"
+    assert (tmp_path / "out" / "names.md").read_text() == pcb_names.markdown(found)
+    pcb_names.main()
+    assert len(seen) == len(designs), "what is trained is not trained again"
