@@ -21,6 +21,7 @@ MAX_SHIFT = 16
 _TILE = 160
 _LOCAL = 3
 _KERNEL = np.ones((3, 3), np.uint8)
+_STRAIGHT, _DIAGONAL = ((-1, 0), (1, 0), (0, -1), (0, 1)), ((-1, -1), (1, -1), (-1, 1), (1, 1))
 
 
 @dataclass(frozen=True)
@@ -115,28 +116,30 @@ def _climb(test: Grey, template: Grey, start: tuple[int, int], reach: int) -> tu
     known: dict[tuple[int, int], float] = {}
     reach = min(reach, min(test.shape) // 4)  # half of a small image goes on being compared
     height, width = test.shape
-    inner = test[reach : height - reach : 4, reach : width - reach]
+    bottom, right = height - reach, width - reach
+    inner = test[reach:bottom:4, reach:right]
 
-    def cost(shift: tuple[int, int]) -> float:
-        if shift not in known:
-            dx, dy = shift
-            under = template[reach - dy : height - reach - dy : 4, reach - dx : width - reach - dx]
-            known[shift] = _differing(inner, under)
-        return known[shift]
+    def cost(dx: int, dy: int) -> float:
+        found = known.get((dx, dy))
+        if found is None:
+            under = template[reach - dy : bottom - dy : 4, reach - dx : right - dx]
+            found = known[dx, dy] = cv2.norm(inner, under, cv2.NORM_L1)
+        return found
 
-    best = start
-    while True:
-        x, y = best
-        steps = [(x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)]
-        if all(cost(best) <= cost(s) for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach):
-            steps = [(x - 1, y - 1), (x + 1, y - 1), (x - 1, y + 1), (x + 1, y + 1)]
-        steps = [s for s in steps if abs(s[0]) <= reach and abs(s[1]) <= reach]
-        if not steps:
-            return best, cost(best)
-        closest = min(steps, key=cost)
-        if cost(closest) >= cost(best):
-            return best, cost(best)
-        best = closest
+    best, least = start, cost(*start)
+    while least:
+        (x, y), lower = best, least
+        for moves in (_STRAIGHT, _DIAGONAL):
+            for dx, dy in moves:
+                there = x + dx, y + dy
+                if abs(there[0]) <= reach and abs(there[1]) <= reach and (found := cost(*there)) < lower:
+                    best, lower = there, found
+            if lower < least:
+                break
+        if lower == least:
+            break
+        least = lower
+    return best, least / (255 * inner.size)
 
 
 def _coarse(test: Grey, template: Grey) -> tuple[int, int]:
