@@ -65,6 +65,7 @@ def _text(card: Mapping[str, Any], licence: str) -> str:
         f"- **Licence of the data**: {licence}",
         f"- **Seed** {about['seed']}, **command** `{about['command']}`, **time** {about['seconds'] / 60:.0f} minutes on"
         f" {about['device']} (other work ran beside it), {card['date']}.",
+        *([f"- **History**: {about['history']}."] if about.get("history") else []),
         f"- **Threshold** {card['threshold']:.4f}, frozen on the validation pairs with the exported INT8 network.",
         f"- **Boxes** are moved by {card.get('shift', (0, 0))} pixels (x, y): from where they are found to where the"
         " annotators drew them, the median on the validation pairs.", "",

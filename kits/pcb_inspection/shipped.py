@@ -1,8 +1,9 @@
-"""What ships, taken from a finished run: `python -m kits.pcb_inspection.shipped RUN [--made COMMAND --minutes N]`.
+"""What ships, taken from a finished run: `python -m kits.pcb_inspection.shipped RUN [--made COMMAND --minutes N
+--seed N --history TEXT]`.
 
 RUN is that of `fitkit run pcb_inspection --data DIR --weights FOLDER --preset full --out RUN`; without `--weights` it
-tells what ships already anew, with what that run froze and scored. `--made` and `--minutes` say how the weights of
-FOLDER came about.
+tells what ships already anew, with what that run froze and scored. The options say how the weights of FOLDER came
+about.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ SPLITS = ("train", "val", "holdout")
 MEND = "give the folder of a run that went to its end"
 
 
-def ship(run: Path, made: str | None = None, minutes: float | None = None, weights: Path = WEIGHTS) -> None:
+def ship(run: Path, made: Mapping[str, Any] | None = None, weights: Path = WEIGHTS) -> None:
     """Copy both networks of a run into `weights`, with their design and cards.
 
-    InputError for a run of another recipe, of a part of the boards, or one that is not finished, and where nothing says
-    how new weights were made.
+    `made` are "command", "seconds", "seed" and maybe "history" of weights that did not ship so far. InputError for a
+    run of another recipe, of a part of the boards, or one that is not finished, and where nothing says how new weights
+    were made.
     """
     asked = read_object(run / "run.json", MEND)
     name = asked["recipe"]["name"]
@@ -45,10 +47,10 @@ def ship(run: Path, made: str | None = None, minutes: float | None = None, weigh
     given = asked["weights"]
     if given is None:
         about = read_object(WEIGHTS / "card.json", "install the kit anew")["about"]
-    elif made is None or minutes is None:
+    elif made is None:
         raise InputError(f"{given}: say how these weights were made, with --made and --minutes")
     else:
-        about = told(Path(asked["data"]), made, minutes)
+        about = {**told(Path(asked["data"])), **made}
     fp32 = KIT.model(None if given is None else Path(given))
     int8 = replay(KIT.model(None if given is None else Path(given)), history(run / "steps"))
     last = sorted((run / "steps").glob("[0-9][0-9]-*/model.safetensors"))[-1]
@@ -66,13 +68,13 @@ def ship(run: Path, made: str | None = None, minutes: float | None = None, weigh
     write_card(weights, history(run / "steps"), meta, values(scores), about)
 
 
-def told(data: Path, made: str, minutes: float) -> dict[str, Any]:
-    """What a card says of boards and training."""
+def told(data: Path) -> dict[str, Any]:
+    """What a card says of the boards."""
     sets = {name: KIT.dataset(data, name) for name in SPLITS}
     return {
-        "data": "DeepPCB, trainval", "deeppcb": True, "device": device(), "seed": 0, "seconds": round(60 * minutes),
+        "data": "DeepPCB, trainval", "deeppcb": True, "device": device(),
         "pairs": {name: len(pairs) for name, pairs in sets.items()},
-        "groups": {name: board_groups(pairs) for name, pairs in sets.items()}, "command": made,
+        "groups": {name: board_groups(pairs) for name, pairs in sets.items()},
     }  # fmt: skip
 
 
@@ -86,8 +88,14 @@ if __name__ == "__main__":
     options.add_argument("run", type=Path)
     options.add_argument("--made")
     options.add_argument("--minutes", type=float)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--history")
     chosen = options.parse_args()
+    known = None
+    if chosen.made and chosen.minutes:
+        known = {"command": chosen.made, "seconds": round(60 * chosen.minutes), "seed": chosen.seed}
+        known |= {"history": chosen.history} if chosen.history else {}
     try:
-        ship(chosen.run, chosen.made, chosen.minutes)
+        ship(chosen.run, known)
     except InputError as error:
         sys.exit(str(error))
