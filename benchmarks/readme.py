@@ -165,9 +165,8 @@ def rendered() -> dict[Path, str]:
             text = replace_block(text, f"{path.parent.name}-yolo", markdown_yolo(read_json(pruned)))
         if (scan := reports / "scan.json").is_file():
             text = replace_block(text, f"{path.parent.name}-scan", markdown_scan(read_json(scan)))
-        for name in ("searched", "xeon"):
-            if (judged := reports / f"{name}.json").is_file():
-                text = replace_block(text, f"{path.parent.name}-{name}", markdown_gates(read_json(judged)))
+        if (judged := reports / "by-hand.json").is_file():
+            text = replace_block(text, f"{path.parent.name}-by-hand", markdown_gates(read_json(judged)))
         if (lidar := reports / "lidar.json").is_file():
             text = replace_block(text, f"{path.parent.name}-lidar", markdown_lidar(read_json(lidar)))
         if (second := reports / "second_look.json").is_file():

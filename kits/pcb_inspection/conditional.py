@@ -51,7 +51,8 @@ Place = tuple[int, int]
 
 def planes_that_differ(planes: Tensor) -> tuple[Grey, Grey]:
     """What a network's input (1, 4, S, S) says is gained and lost, each (S, S), 0 where nothing is."""
-    gained, lost = (planes[0, 2:].numpy() > 0.5).view(np.uint8)  # of bytes as well
+    both = planes[0, 2:].numpy()
+    gained, lost = both if both.dtype == np.uint8 else (both > 0.5).view(np.uint8)
     return gained, lost
 
 
