@@ -33,13 +33,12 @@ from kits.pcb_inspection.data.augment import prepare
 from kits.pcb_inspection.data.deeppcb import Pair, find_pairs, has_test_list, image_size, split
 from kits.pcb_inspection.data.default import default_set
 from kits.pcb_inspection.data.resolution import resized, seen_at
-from kits.pcb_inspection.frozen import freeze_shift, freeze_threshold, shifted
+from kits.pcb_inspection.frozen import freeze_names, freeze_shift, freeze_threshold, shifted
 from kits.pcb_inspection.inspection import clean_boards, detect, sheet
 from kits.pcb_inspection.model.design import design_beside
 from kits.pcb_inspection.model.inspector import TILE, input_side, inspect, shift_of
-from kits.pcb_inspection.model.naming import Names, counted
+from kits.pcb_inspection.model.naming import Names
 from kits.pcb_inspection.model.network import PairDetector
-from kits.pcb_inspection.model.pair import stack
 from kits.pcb_inspection.predict import add_arguments, predict
 from kits.pcb_inspection.predictions import write_predictions
 from kits.pcb_inspection.recipes import DEFAULT, RECIPES
@@ -136,16 +135,12 @@ class PcbInspection:
         }
 
     def _names(self, data: Path | None, preset: str, side: int) -> Names | None:
-        """What defects of a name do to pieces of copper, counted on training boards for a network of `side` px.
-
-        Where a folder has none, what ships.
-        """
+        """See `freeze_names`, of the training boards; where a folder has none, what ships."""
         try:
             pairs = self.dataset(data, "train", preset)
         except InputError:
             return self.shipped()[1].get("names")
-        seen = (seen_at(pair, side) for pair in prepare(pairs))
-        return counted((stack(pair.test, pair.template), pair.boxes, pair.labels) for pair in seen)
+        return freeze_names(prepare(pairs), side)
 
     def remarks(self, data: Path | None, weights: Path | None) -> Sequence[str]:
         """That the shipped detector has never seen generated boards, where those are what it is judged on."""

@@ -1,20 +1,31 @@
-"""What is chosen on validation boards and frozen into an artifact: the threshold, and where annotators' boxes lie."""
+"""What is learnt of boards and frozen into an artifact: the threshold, where annotators' boxes lie, how they name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from core.evaluation.detection import Predictions, Truths, box_iou
 from core.kit import InputError
+from kits.pcb_inspection.data.augment import Ready
+from kits.pcb_inspection.data.resolution import seen_at
 from kits.pcb_inspection.matching import OFFICIAL_IOU, match_official, sweep
+from kits.pcb_inspection.model.naming import Names, counted
+from kits.pcb_inspection.model.pair import stack
 from kits.pcb_inspection.predictions import CONFIDENCE_FLOOR
 
 SHIFTED = 20
 """Found defects from which on it is told where the annotators' boxes lie."""
 SLACK = 0.2
 """Points of F that the frozen threshold gives up for recall."""
+
+
+def freeze_names(pairs: Sequence[Ready], side: int) -> Names:
+    """What defects of a name do to pieces of copper, counted on training pairs as a network of `side` px sees them."""
+    seen = (seen_at(pair, side) for pair in pairs)
+    return counted((stack(pair.test, pair.template), pair.boxes, pair.labels) for pair in seen)
 
 
 def freeze_shift(predictions: Predictions, truths: Truths) -> tuple[float, float]:

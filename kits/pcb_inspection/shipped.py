@@ -21,6 +21,7 @@ from core.kit import InputError
 from core.weights import load_weights, save_weights
 from kits.pcb_inspection import KIT, WEIGHTS
 from kits.pcb_inspection.card import board_groups, write_card
+from kits.pcb_inspection.data.deeppcb import HOLDOUT_GROUPS
 from kits.pcb_inspection.model.design import BY_HAND, FILE, Design, save_design
 from kits.pcb_inspection.recipes import DEFAULT
 
@@ -53,8 +54,10 @@ def ship(run: Path, made: Mapping[str, Any] | None = None, weights: Path = WEIGH
         about = {**told(Path(asked["data"])), **made}
     fp32 = KIT.model(None if given is None else Path(given))
     int8 = replay(KIT.model(None if given is None else Path(given)), history(run / "steps"))
-    last = sorted((run / "steps").glob("[0-9][0-9]-*/model.safetensors"))[-1]
-    load_weights(int8, last)
+    steps = sorted((run / "steps").glob("[0-9][0-9]-*/model.safetensors"))
+    if not steps:
+        raise InputError(f"{run / 'steps'}: no step has left its model; {MEND}")
+    load_weights(int8, steps[-1])
     weights.mkdir(parents=True, exist_ok=True)
     design = fp32.design
     assert isinstance(design, Design)
@@ -71,8 +74,9 @@ def ship(run: Path, made: Mapping[str, Any] | None = None, weights: Path = WEIGH
 def told(data: Path) -> dict[str, Any]:
     """What a card says of the boards."""
     sets = {name: KIT.dataset(data, name) for name in SPLITS}
+    deeppcb = set(HOLDOUT_GROUPS) == {pair.group for pair in sets["holdout"]}
     return {
-        "data": "DeepPCB, trainval", "deeppcb": True, "device": device(),
+        "data": "DeepPCB, trainval" if deeppcb else f"{data.name}, trainval", "deeppcb": deeppcb, "device": device(),
         "pairs": {name: len(pairs) for name, pairs in sets.items()},
         "groups": {name: board_groups(pairs) for name, pairs in sets.items()},
     }  # fmt: skip

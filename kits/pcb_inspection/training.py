@@ -1,4 +1,4 @@
-"""How the shipped detector is trained; `fitkit train pcb_inspection` runs this."""
+"""How a detector is trained: by `fitkit train pcb_inspection`, as a search's winner, and on from weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from core.evaluation.detection import mean_average_precision
 from core.train import Fit, Schedule, bfloat16, faster_in_bfloat16, fit
 from kits.pcb_inspection.data.augment import Crop, Ready, crops, drawn
 from kits.pcb_inspection.data.resolution import resized, seen_at
-from kits.pcb_inspection.model.decode import decode
+from kits.pcb_inspection.model.decode import decode_all
 from kits.pcb_inspection.model.design import COARSEST
 from kits.pcb_inspection.model.inspector import pad, to_input
 from kits.pcb_inspection.model.loss import detection_loss, response_loss
+from kits.pcb_inspection.model.naming import Names, named
 from kits.pcb_inspection.model.network import CLASS_COUNT, DUAL, PairDetector
 from kits.pcb_inspection.model.pair import stack
 
@@ -210,15 +211,16 @@ def told(larger: Sequence[nn.Module], images: Tensor, view: View | None = None, 
 
 
 @torch.no_grad()
-def detections(model: nn.Module, ready: Sequence[Ready]) -> dict[str, np.ndarray]:
-    """Image id -> detections (n, 6) of pairs that are registered already."""
+def detections(model: nn.Module, ready: Sequence[Ready], names: Names | None = None) -> dict[str, np.ndarray]:
+    """Image id -> detections (n, 6) of pairs that are registered already, with the network's names or by `names`."""
     model.eval()
     found = {}
     for pair in ready:
         height, width = pair.test.shape
         planes = pad(stack(pair.test, pair.template), _whole(height), _whole(width))
         logits, distances = model(to_input(planes))
-        found[pair.image_id] = decode(logits[0].numpy(), distances[0].numpy())
+        boxes, said = decode_all(logits[0].numpy(), distances[0].numpy())
+        found[pair.image_id] = boxes if names is None else named(boxes, said, planes, names)
     return found
 
 
