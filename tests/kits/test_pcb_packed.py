@@ -32,6 +32,7 @@ def of(image: Grey) -> Packed:
 @pytest.mark.parametrize("rows", [7, 64, 1024])
 def test_a_packed_image_is_the_binarised_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_ROWS", rows)
+    monkeypatch.setattr(packing, "_PACKED", rows)
     image = photograph()
     assert level(image) > 140, "an image whose level is its own"
     whole, packed = binarise(image), of(image)

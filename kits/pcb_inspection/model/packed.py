@@ -10,7 +10,9 @@ import numpy as np
 from kits.pcb_inspection.model.pair import Grey, binarise, level_of
 
 _ROWS = 1024
-"""Rows that are packed at a time, so that beside the image itself there is little."""
+"""Rows that are made smaller at a time."""
+_PACKED = 256
+"""Rows that are packed at a time, so that beside the image itself there is little: of 16,384 px 4 MB a copy."""
 
 
 class Packed:
@@ -19,14 +21,16 @@ class Packed:
     def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], Grey]) -> None:
         """`rows(top, bottom)` gives the image's rows (bottom - top, W), as often as they are asked for."""
         self.shape = shape
-        strips = [(top, min(top + _ROWS, shape[0])) for top in range(0, shape[0], _ROWS)]
+        strips = [(top, min(top + _PACKED, shape[0])) for top in range(0, shape[0], _PACKED)]
 
         def every(step: int) -> Grey:
             # copies: views would keep all strips
             return np.concatenate([rows(*strip)[-strip[0] % step :: step, ::step].copy() for strip in strips])
 
         highest = level_of(every, shape[0] * shape[1])
-        self._bits = np.concatenate([np.packbits(binarise(rows(*strip), highest) > 0, axis=1) for strip in strips])
+        self._bits = np.empty((shape[0], -(-shape[1] // 8)), np.uint8)
+        for top, bottom in strips:
+            self._bits[top:bottom] = np.packbits(binarise(rows(top, bottom), highest) > 0, axis=1)
 
     def __getitem__(self, here: tuple[slice, slice]) -> Grey:
         """The pixels of two slices without steps, 0 for copper and 255 for bare board."""
