@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.train import Fit, Schedule
 from kits.pcb_inspection import PcbInspection, training
-from kits.pcb_inspection.conditional import NOTHING, Looking, Window, freeze_gate, least_area
+from kits.pcb_inspection.conditional import NOTHING, Looking, Window, freeze_gate, least_area, stacked
 from kits.pcb_inspection.data.augment import Ready, prepare
 from kits.pcb_inspection.data.deeppcb import Pair
 from kits.pcb_inspection.data.resolution import seen_at
@@ -26,16 +27,19 @@ from kits.pcb_inspection.model.design import Design
 from kits.pcb_inspection.model.network import CLASS_COUNT, DUAL, PairDetector
 from kits.pcb_inspection.model.pair import differences
 
+Planes = TypeVar("Planes", Tensor, NDArray[Any])
+
 LOST = (0, 2, 5)
 """Open, mousebite and pin-hole: copper is missing. The others are their duals."""
 DESIGN = Design(widths=(16, 32, 64, 64), deepest=16, head=32)
 """Of the expert: nothing at stride 32, since a crop measures four of its cells."""
 
 
-def inverted(planes: Tensor) -> Tensor:
+def inverted(planes: Planes) -> Planes:
     """Crops (N, 4, H, W) with copper and board changed: copper gained becomes copper lost."""
-    full = 255 if planes.dtype == torch.uint8 else 1
-    return torch.cat((full - planes[:, :2], planes[:, 3:4], planes[:, 2:3]), 1)
+    found = planes[:, [0, 1, 3, 2]]
+    found[:, :2] = (255 if planes.itemsize == 1 else 1) - found[:, :2]
+    return found
 
 
 class Experts:
@@ -51,16 +55,17 @@ class Experts:
     def __call__(self, batch: Tensor, owned: Sequence[Window] | None = None) -> tuple[Tensor, Tensor]:
         """(N, 4, H, W) -> class logits (N, 6, h, w) and distances (N, 4, h, w)."""
         parts = owned or [(0, batch.shape[2], 0, batch.shape[3])] * len(batch)
+        crops = batch.numpy()
         gained, lost = (
             torch.tensor([
-                torch.count_nonzero(crop[plane, a:b, c:d] > 0.5) >= self.area
-                for crop, (a, b, c, d) in zip(batch, parts, strict=True)
+                np.count_nonzero(crop[plane, a:b, c:d] > 0.5) >= self.area
+                for crop, (a, b, c, d) in zip(crops, parts, strict=True)
             ]) for plane in (2, 3)
         )  # fmt: skip
         neither = ~gained & ~lost
         as_is, turned = (lost | neither).nonzero()[:, 0], (gained | neither).nonzero()[:, 0]
         self.looks += len(as_is) + len(turned)
-        said, far = self._lost(torch.cat((batch[as_is], inverted(batch[turned]))))
+        said, far = self._lost(stacked([*crops[as_is.numpy()], *inverted(crops[turned.numpy()])]))
         return merged(len(batch), said, far, as_is, turned)
 
     def alone(self) -> Experts:

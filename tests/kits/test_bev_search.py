@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import bev_winner
 from core.kit import InputError
 from core.nas import Space, largest, smallest
 from core.weights import save_weights
-from kits.bev_perception import KIT, search
+from kits.bev_perception import KIT, search, training
 from kits.bev_perception.data.streams import Shot, streams
 from kits.bev_perception.kit import DETECTOR, BevPerception, told_by
 from kits.bev_perception.model.configs import FILE, NANO, config_beside, from_json, save_config, to_json
@@ -178,6 +180,32 @@ def test_the_kit_takes_a_winner_with_its_own_pictures_and_grid(tmp_path: Path) -
     assert told_by(meta) == config and told_by({}) == NANO and DETECTOR not in KIT.freeze(KIT.model(), None, "smoke")
     with pytest.raises(InputError, match=r"manifest.json: no config"):
         told_by({DETECTOR: {"name": "odd"}})
+
+
+def test_a_winner_is_trained_on_and_a_second_start_does_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, before, out = config_of(smallest(SPACE)), tmp_path / "before", tmp_path / "out"
+    torch.manual_seed(0)
+    start = BEVFormer(config)
+    before.mkdir()
+    save_config(config, before)
+    save_weights(start, before / "fp32.safetensors")
+    samples = KIT.dataset(None, "val", "smoke")[:2]
+    save_weights(training.learner_of(start, samples).heads(), before / training.HEADS)
+    monkeypatch.setattr(BevPerception, "dataset", lambda *asked: samples)
+    command = ["bev_winner.py", "--weights", str(before), "--out", str(out), "--epochs", "1", "--preset", "smoke"]
+    monkeypatch.setattr(sys, "argv", command)
+    bev_winner.main()
+    assert "NDS on the 2 validation frames" in capsys.readouterr().out
+    history = json.loads((out / "training.json").read_text())
+    assert [entry["epoch"] for entry in history] == [0]
+    after = KIT.model(out)
+    assert isinstance(after, BEVFormer) and after.config == config
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), after.parameters(), strict=True))
+    assert (out / training.HEADS).is_file(), "a third training can begin with them"
+    bev_winner.main()
+    assert json.loads((out / "training.json").read_text()) == history
 
 
 @pytest.mark.slow

@@ -167,20 +167,24 @@ class Counted(nn.Module):
 
 
 def test_the_crossover_is_where_crops_cost_as_much_as_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, more = Counted(), 0.0
+    module, more, asked, disturbed = Counted(), 0.0, 0, 0
 
     def costs(modules: Sequence[nn.Module], tile: torch.Tensor, repeats: int) -> list[float]:
-        found = []
+        nonlocal asked
+        asked, found = asked + 1, []
         for shown in modules:
             module.cost = 0.0
             shown(tile)
-            found.append(module.cost + (more if isinstance(shown, Conditional) else 0.0))
+            late = 1e9 if asked == disturbed else 0.0
+            found.append(module.cost + (more + late if isinstance(shown, Conditional) else 0.0))
         return found
 
     monkeypatch.setattr("kits.pcb_inspection.conditional._medians", costs)
     crops = Crops(dict.fromkeys(BATCHES, module))
     # 25 crops have the pixels of a tile, and the last of them fills a batch alone
     assert crossover(module, crops, SIDE) == 25
+    asked, disturbed = 0, 3
+    assert crossover(module, crops, SIDE) == 25, "what happens once is chance"
     more = 2.0 * CROP * CROP  # what lies about the network counts
     assert crossover(module, crops, SIDE) == 21, "from 21 on they fill three batches of 8"
     more = -1.0 * SIDE * SIDE
