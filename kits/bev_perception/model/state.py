@@ -161,7 +161,7 @@ class BevState:
             raise InputError("BevState.keep: no frame is waiting for its memory; call step first")
         if bev.shape != self._empty.shape:
             raise InputError(f"BevState.keep: bev is {tuple(bev.shape)} and not {tuple(self._empty.shape)}")
-        if not bool(bev.isfinite().all()):
+        if not _finite(bev):
             self.reset("the memory of the frame before held NaN or infinity")
             return
         self._bev, self._last, self._pending = bev.detach(), self._pending, None
@@ -200,6 +200,16 @@ class BevState:
         if turn > self.bounds.turn * gap:
             return f"the pose turns {turn:.1f} degrees in {gap:.2f} s, more than {self.bounds.turn:g} a second"
         return ""
+
+
+def _finite(bev: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity.
+
+    On the CPU told by NumPy: torch's threads would share the work, and then spin where a runtime's should run.
+    """
+    if bev.device.type == "cpu":
+        return bool(np.isfinite(bev.detach().float().numpy()).all())
+    return bool(bev.isfinite().all())
 
 
 def _check(frame: Frame) -> None:
