@@ -113,7 +113,7 @@ def planes_of(test: Grey, template: Grey, side: int) -> Grey:
 
 
 def timed(modules: Mapping[str, nn.Module], tiles: Sequence[Grey], threads: int) -> Bench:
-    """The network's part of the time in turns, a call through all tiles (4, S, S)."""
+    """The network's part of the time in turns, milliseconds for a call through all tiles (4, S, S)."""
 
     def through(module: nn.Module) -> Callable[[], Any]:
         inputs = [shown_to(module, tile) for tile in tiles]
